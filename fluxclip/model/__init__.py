@@ -1,0 +1,1 @@
+"""Both towers, one space: tensors in, tensors out."""

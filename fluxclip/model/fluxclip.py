@@ -1,0 +1,125 @@
+"""FluxCLIP: a video tower and a text tower that meet in one space. Tensors in, tensors out.
+
+Shape legend: B clips or captions, T frames, H W pixels, L text tokens, D shared width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluxclip.model.presets import FluxCLIPConfig, PreprocessConfig
+from fluxclip.model.video_tower import VideoTower
+from fluxclip.tokens.selection import check_budget
+
+
+class FluxCLIP(nn.Module):
+    """Contrastive video-text model; both encoders return unit vectors (B, D).
+
+    text_encoder: an object as in fluxclip/text/encoder.py. With weights "reference" it is frozen:
+    no gradients, always in eval mode, left out of the saved weights.
+    """
+
+    def __init__(self, config: FluxCLIPConfig, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.video = VideoTower(config.video)
+        self.video_projection = nn.Sequential(
+            nn.LayerNorm(config.video.pooled), nn.Linear(config.video.pooled, config.dim)
+        )
+        self.text = text_encoder
+        self.text_projection = nn.Linear(text_encoder.width, config.dim)
+        # CLIP's start, temperature 0.07; kept below 100 by clamp_scale
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if self.text_is_frozen:
+            self.text.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def text_is_frozen(self) -> bool:
+        return self.config.text.weights == "reference"
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """What cosines are multiplied by before the softmax, 1 / temperature: at most 100."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keep the scale within [1, 100], as CLIP does; called after each optimizer step."""
+        self.log_scale.clamp_(0, math.log(100))
+
+    def train(self, mode: bool = True) -> "FluxCLIP":
+        super().train(mode)
+        if self.text_is_frozen:
+            self.text.eval()
+        return self
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def preprocess(self) -> PreprocessConfig:
+        return self.config.preprocess
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Captions to ids (B, L) for `encode_text`."""
+        ids_BL: Tensor = self.text.tokenize(texts)
+        return ids_BL
+
+    def num_tokens(self, num_frames: int, side: int) -> int:
+        """Tokens of a grid, class token not counted."""
+        return self.config.video.num_tokens(num_frames, side)
+
+    def grid(self, token_budget: int | None = None) -> tuple[int, int]:
+        """(num_frames, side) that the model's table gives for a budget."""
+        check_budget(token_budget)
+        return self.config.grids.grid(token_budget)
+
+    def macs(self, num_frames: int, side: int, token_budget: int | None = None) -> int:
+        """Multiply-accumulates per clip, the embedding of discarded tokens included."""
+        check_budget(token_budget)
+        num_tokens = self.num_tokens(num_frames, side)
+        return self.video.macs(num_tokens, min(num_tokens, token_budget or num_tokens))
+
+    def encode_video(self, frames_BTHWC: Tensor, budget: int | None = None) -> Tensor:
+        """Unit vectors (B, D) of normalised frames, from at most `budget` tokens per clip."""
+        return self.project_video(self.video(frames_BTHWC, budget))
+
+    def encode_video_views(
+        self, frames_BTHWC: Tensor, budgets: Sequence[int], *,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """One (B, D) of unit vectors per budget; the patches are embedded once for all.
+
+        Budgets above a clip's tokens (a still has few) share one pass.
+        """
+        patches_BNLD = self.video.embed(frames_BTHWC)
+        rows, columns = (side // self.config.video.patch for side in frames_BTHWC.shape[2:4])
+        most = patches_BNLD.shape[1] * patches_BNLD.shape[2]
+        views_BD: dict[int, Tensor] = {}
+        for budget in dict.fromkeys(min(budget, most) for budget in budgets):
+            pooled_BP = self.video.encode(
+                patches_BNLD, budget, rows=rows, columns=columns, generator=generator
+            )
+            views_BD[budget] = self.project_video(pooled_BP)
+        return [views_BD[min(budget, most)] for budget in budgets]
+
+    def encode_text(self, ids_BL: Tensor) -> Tensor:
+        """Unit vectors (B, D) of captions given as ids from `self.text.tokenize`."""
+        return self.project_text(self.text_features(ids_BL))
+
+    def text_features(self, ids_BL: Tensor) -> Tensor:
+        """Features (B, width) before the projection; without gradients if the tower is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
+            features: Tensor = self.text(ids_BL)
+        return features
+
+    def project_video(self, pooled_BP: Tensor) -> Tensor:
+        return F.normalize(self.video_projection(pooled_BP).float(), dim=-1)
+
+    def project_text(self, features_BW: Tensor) -> Tensor:
+        return F.normalize(self.text_projection(features_BW).float(), dim=-1)

@@ -1,0 +1,123 @@
+"""Any open_clip image-text model over the frames of a clip, averaged: public weights on day one.
+
+Shape legend: B clips or captions, T frames, H W pixels, D width of the shared space.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluxclip.model.presets import PreprocessConfig
+from fluxclip.tokens.selection import check_budget
+
+NUM_FRAMES = 8  # of the default grid: what CLIP4Clip-like systems and Perception Encoder use
+
+
+class FrameAverage(nn.Module):
+    """Unit image vectors of each frame, averaged, then unit length again.
+
+    name: an open_clip configuration. pretrained: a tag that open_clip knows (fetched from the hub
+    on first use), or a local weights file. A token is a patch of a frame, so a token budget chooses
+    how many whole frames are seen, at least one.
+    """
+
+    def __init__(self, name: str, pretrained: str) -> None:
+        super().__init__()
+        import open_clip  # costs seconds to import: only who uses it pays
+
+        if name not in open_clip.list_models():
+            raise ValueError(
+                f"unknown open_clip model {name!r}: `python -c 'import open_clip; "
+                f"print(open_clip.list_models())'` lists the known ones"
+            )
+        if pretrained not in open_clip.list_pretrained_tags_by_model(name):
+            if not Path(pretrained).is_file():
+                tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+                raise FileNotFoundError(
+                    f"open_clip:{name}/{pretrained}: no such weights file, and no tag of {name}; "
+                    f"its tags: {tags}"
+                )
+        try:
+            self.clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"open_clip:{name}/{pretrained} does not load: {reason}") from error
+        self.tokenize_one = open_clip.get_tokenizer(name)
+        visual = self.clip.visual
+        self.side = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        self.patches_per_frame = _patches(self.clip, self.side)
+        settings = visual.preprocess_cfg
+        self.preprocess = PreprocessConfig(
+            mean=tuple(settings["mean"]),
+            std=tuple(settings["std"]),
+            fit="squash" if settings.get("resize_mode") == "squash" else "crop",
+        )
+        self.eval().requires_grad_(False)
+        self.dim: int = self.encode_text(self.tokenize(["a"])).shape[-1]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.clip.logit_scale.exp()
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        ids_BL: Tensor = self.tokenize_one(list(texts))
+        return ids_BL
+
+    def num_tokens(self, num_frames: int, side: int) -> int:
+        if side != self.side or num_frames < 1:
+            raise ValueError(f"this open_clip model takes frames of {self.side} pixels, not {side}")
+        return num_frames * self.patches_per_frame
+
+    def grid(self, token_budget: int | None = None) -> tuple[int, int]:
+        """(num_frames, side): as many whole frames as the budget pays for, 8 without one."""
+        check_budget(token_budget)
+        if token_budget is None:
+            return NUM_FRAMES, self.side
+        return max(1, token_budget // self.patches_per_frame), self.side
+
+    def macs(self, num_frames: int, side: int, token_budget: int | None = None) -> int:
+        """Multiply-accumulates per clip, counted by running the image tower on one frame."""
+        return num_frames * _macs_per_frame(self.clip, self.side)
+
+    @torch.no_grad()
+    def encode_video(self, frames_BTHWC: Tensor, budget: int | None = None) -> Tensor:
+        """Unit vectors (B, D) of normalised frames; the budget caps the number of frames."""
+        b, t = frames_BTHWC.shape[:2]
+        check_budget(budget)
+        if budget is not None:
+            most = max(1, budget // self.patches_per_frame)
+            keep = [int((i + 0.5) * t / most) for i in range(most)] if most < t else range(t)
+            frames_BTHWC = frames_BTHWC[:, list(keep)]
+        images = frames_BTHWC.flatten(0, 1).permute(0, 3, 1, 2)
+        features = F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        return F.normalize(features.view(b, -1, features.shape[-1]).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, ids_BL: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_text(ids_BL).float(), dim=-1)
+
+
+def _patches(clip: nn.Module, side: int) -> int:
+    """Patches per frame; for towers without a patch grid (ResNets), their 32-pixel cells."""
+    visual = clip.visual
+    if hasattr(visual, "grid_size"):
+        rows, columns = visual.grid_size
+        return int(rows * columns)
+    trunk = getattr(visual, "trunk", None)
+    if hasattr(trunk, "patch_embed") and hasattr(trunk.patch_embed, "num_patches"):
+        return int(trunk.patch_embed.num_patches)
+    return (side // 32) ** 2
+
+
+@cache
+def _macs_per_frame(clip: nn.Module, side: int) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(clip.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        clip.encode_image(torch.zeros(1, 3, side, side, device=device))
+    return int(counter.get_total_flops()) // 2

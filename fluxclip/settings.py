@@ -1,0 +1,72 @@
+"""Settings from a file, checked against typed classes: one clear line for each mistake.
+
+A settings class is a frozen pydantic dataclass made with `@settings`: unknown keys are refused.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make a class of annotated fields a frozen dataclass that checks types and unknown keys."""
+    made: type[T] = dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
+    return made
+
+
+def parse(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
+    """Make `cls` from nested plain values.
+
+    Raises ValueError with one line per mistake: the source, the key, what was got and what is
+    wanted; for an unknown key also the nearest real one.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        lines = [_line(cls, details) for details in error.errors()]
+        raise ValueError("\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _line(cls: type, details: Any) -> str:
+    path = [str(part) for part in details["loc"]]
+    key = ".".join(path)
+    if details["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys(cls, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        # a key of another section, misplaced, is found by its name alone
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else ""
+        return f"unknown key {key!r}; " + (hint or f"known here: {', '.join(sorted(known))}")
+    if details["type"] in ("missing", "missing_argument"):
+        return f"missing key {key!r}"
+    message = details["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    # a class that checks itself names its own values; a wrong type does not
+    got = "" if details["type"] == "value_error" else f", got {details['input']!r}"
+    return f"{key}: {message}{got}" if key else f"{message}{got}"
+
+
+def _keys(cls: Any, path: list[str]) -> list[str]:
+    """Field names of the class that `path` leads to from `cls`."""
+    for part in path:
+        if is_dataclass(cls):
+            cls = typing.get_type_hints(cls).get(part)
+        cls = _inner(cls)
+    return [field.name for field in fields(cls)] if is_dataclass(cls) else []
+
+
+def _inner(annotation: Any) -> Any:
+    """The dataclass inside `list[X]`, `tuple[X, ...]` or `X | None`; else the annotation itself."""
+    origin = typing.get_origin(annotation)
+    if origin in (list, tuple, typing.Union, types.UnionType):
+        inner = [_inner(argument) for argument in typing.get_args(annotation)]
+        return next((cls for cls in inner if is_dataclass(cls)), annotation)
+    return annotation

