@@ -1,0 +1,1 @@
+"""Captions and files to training batches."""

@@ -1,0 +1,195 @@
+"""Captions and files to batches, one per training step.
+
+Everything about a step (which pairs, crops, flips, frame times) is a function of (seed, step)
+alone: any number of workers, and a run taken up again at any step, see the same tensors.
+
+Shape legend: B clips, T frames, H W pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fluxclip.data.sources.annotations import Record
+from fluxclip.tokens.budget import Draw, FluxSampling
+from fluxclip.video import Clip, is_image, probe, read_clip
+from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
+from fluxclip.video.transforms import flip, resize, to_float
+
+# words that a mirrored picture would turn into a lie
+_SIDED = frozenset({"left", "right", "leftwards", "rightwards", "clockwise", "anticlockwise"})
+
+
+@dataclass(frozen=True)
+class Augment:
+    """crop_area, crop_aspect: ranges of the crop's share of the picture and of width / height."""
+
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    crop_aspect: tuple[float, float] = (0.75, 1.333)
+    flip: bool = True
+    vary_time: bool = True
+
+
+@dataclass
+class Source:
+    """Pairs that give `batch` of every step; with cache_frames above 0, clips stay in memory."""
+
+    records: Sequence[Record]
+    batch: int
+    captions: Literal["one", "first"] = "one"
+    cache_frames: int = 0
+    cache_side: int = 128
+    _cache: dict[int, Clip] = field(default_factory=dict, repr=False)
+
+    def clip(self, index: int) -> Clip | None:
+        """The cached clip of a record, read on first use; None without a cache."""
+        if not self.cache_frames:
+            return None
+        if index not in self._cache:
+            path = self.records[index].video
+            self._cache[index] = read_clip(
+                path, num_frames=self.cache_frames, side=self.cache_side, fit="squash"
+            )
+        return self._cache[index]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one step whose clips have equal shapes.
+
+    frames_BTHWC: uint8 0-255. captions: one per clip. names: the first caption of each record:
+    pairs of equal name show the same thing, so they are no negatives of each other.
+    """
+
+    frames_BTHWC: Tensor
+    captions: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def to_float(
+        self, device: torch.device, *, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> Tensor:
+        """The frames as normalised float on the device; they travel there as bytes."""
+        return to_float(self.frames_BTHWC.to(device, non_blocking=True), mean=mean, std=std)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step sees: its draw, and one batch per shape (stills have one frame)."""
+
+    number: int
+    draw: Draw
+    batches: tuple[Batch, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(len(batch.captions) for batch in self.batches)
+
+
+class Steps(Dataset[Step]):
+    """The steps of a run, by number. Each epoch of a source is a new order of all its records."""
+
+    def __init__(
+        self, sources: Sequence[Source], sampling: FluxSampling, augment: Augment, *, seed: int
+    ) -> None:
+        self.sources, self.sampling, self.augment, self.seed = sources, sampling, augment, seed
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of all sources."""
+        return sum(len(source.records) for source in self.sources)
+
+    def __getitem__(self, number: int) -> Step:
+        draw = self.sampling.draw(self.seed, number)
+        samples = [
+            self._sample(source, index, np.random.default_rng([self.seed, number, s, slot]), draw)
+            for s, source in enumerate(self.sources)
+            for slot, index in enumerate(self.order(s, number))
+        ]
+        by_length: dict[int, list[tuple[Tensor, str, str]]] = {}
+        for sample in samples:
+            by_length.setdefault(len(sample[0]), []).append(sample)
+        batches = []
+        for _, group in sorted(by_length.items(), reverse=True):
+            frames, captions, names = zip(*group, strict=True)
+            batches.append(Batch(torch.stack(frames), captions, names))
+        return Step(number, draw, tuple(batches))
+
+    def order(self, source: int, step: int) -> list[int]:
+        """Records of a source that a step uses: consecutive places in the epochs' orders."""
+        size, batch = len(self.sources[source].records), self.sources[source].batch
+        places = range(step * batch, (step + 1) * batch)
+        orders = {
+            epoch: np.random.default_rng([self.seed, source, epoch]).permutation(size)
+            for epoch in {place // size for place in places}
+        }
+        return [int(orders[place // size][place % size]) for place in places]
+
+    def _sample(
+        self, source: Source, index: int, rng: np.random.Generator, draw: Draw
+    ) -> tuple[Tensor, str, str]:
+        record, a = source.records[index], self.augment
+        one = source.captions == "one"
+        caption = record.captions[rng.integers(len(record.captions)) if one else 0]
+        crop = random_crop(rng, scale=a.crop_area, ratio=a.crop_aspect)
+        mirror = a.flip and rng.random() < 0.5 and not _says_side(record.captions)
+        frames = self._frames(source, index, rng, draw, crop)
+        if mirror:
+            frames = flip(frames[None], torch.tensor([True]))[0]
+        return frames, caption, record.captions[0]
+
+    def _frames(
+        self, source: Source, index: int, rng: np.random.Generator, draw: Draw,
+        crop: tuple[float, float, float, float],
+    ) -> Tensor:  # fmt: skip
+        """uint8 frames (T, side, side, 3) of a record: T of the draw, 1 for an image."""
+        spread = random_per_part if self.augment.vary_time else _at_middles
+        path, side = source.records[index].video, draw.side
+        cached = source.clip(index)
+        if cached is None:
+            if is_image(path):
+                clip = read_clip(path, num_frames=1, side=side, crop=crop)
+            else:
+                times_s = spread(0.0, probe(path).duration_s, draw.num_frames, rng)
+                clip = read_clip(path, times_s=times_s, side=side, crop=crop)
+            return torch.from_numpy(clip.frames_THWC)
+        # a cached clip's frames are evenly spread over it, so equal parts of them are of time too
+        count = 1 if is_image(path) else draw.num_frames
+        keep = spread(0.0, len(cached.times_s), count, rng).astype(int)
+        height, width = cached.frames_THWC.shape[1:3]
+        top, left, bottom, right = (
+            round(edge * size) for edge, size in zip(crop, (height, width) * 2, strict=True)
+        )
+        cut = cached.frames_THWC[keep, top:bottom, left:right]
+        return resize(torch.from_numpy(cut)[None], side=side, fit="squash")[0]
+
+
+def _at_middles(
+    start_s: float, end_s: float, num_frames: int, rng: np.random.Generator
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return evenly_spread(start_s, end_s, num_frames)
+
+
+def _says_side(captions: Sequence[str]) -> bool:
+    words = " ".join(captions).lower().replace(",", " ").replace("-", " ").split()
+    return not _SIDED.isdisjoint(words)
+
+
+def steps(dataset: Steps, *, start: int, stop: int, workers: int) -> Iterator[Step]:
+    """Steps `start` to `stop` in order, prepared ahead by worker processes if there are any.
+
+    Caches live in one process, so sources that cache are read in this one.
+    """
+    if any(source.cache_frames for source in dataset.sources):
+        workers = 0
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=range(start, stop), num_workers=workers,
+        # forking after threads have decoded can deadlock
+        multiprocessing_context="spawn" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    yield from loader

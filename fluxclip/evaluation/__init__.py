@@ -1,0 +1,1 @@
+"""Evaluation: ranks, recall against token budget, and how both are reported."""

@@ -1,0 +1,114 @@
+"""Steps of training data: the same from any number of workers, true to their clips and captions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fluxclip.data.loader import Augment, Source, Steps, _says_side, steps
+from fluxclip.data.sources.annotations import Record, read
+from fluxclip.tokens.budget import FluxSampling
+from fluxclip.video import read_clip
+
+SAMPLING = FluxSampling((2, 4, 1), (28, 56, 28), (4, 64), (16, 8))
+PLAIN = Augment(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=False, vary_time=False)
+
+
+def sources(emoji: Path, **changes: object) -> list[Source]:
+    clips, stills = read(emoji / "train.json")[:6], read(emoji / "stills.json")[:5]
+    return [Source(clips, 4, **changes), Source(stills, 3, **changes)]  # type: ignore[arg-type]
+
+
+def equal(a: list[object], b: list[object]) -> bool:
+    return all(
+        x.draw == y.draw
+        and [batch.captions for batch in x.batches] == [batch.captions for batch in y.batches]
+        and all(
+            torch.equal(p.frames_BTHWC, q.frames_BTHWC)
+            for p, q in zip(x.batches, y.batches, strict=True)
+        )
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("cache_frames", [0, 6])
+def test_a_step_is_bytes_of_clips_and_stills_with_their_captions(
+    emoji: Path, cache_frames: int
+) -> None:
+    data = Steps(sources(emoji, cache_frames=cache_frames), SAMPLING, Augment(), seed=0)
+    captions_of = {r.captions[0]: r.captions for s in data.sources for r in s.records}
+    for number in range(3):
+        step = data[number]
+        assert step.draw == SAMPLING.draw(0, number)
+        assert step.num_pairs == 7
+        clips, stills = step.batches
+        side = step.draw.side
+        assert clips.frames_BTHWC.shape == (4, step.draw.num_frames, side, side, 3)
+        assert stills.frames_BTHWC.shape == (3, 1, side, side, 3)
+        for batch in step.batches:
+            assert batch.frames_BTHWC.dtype == torch.uint8
+            for name, caption in zip(batch.names, batch.captions, strict=True):
+                assert caption in captions_of[name]
+
+
+def test_steps_do_not_depend_on_workers_or_on_where_a_run_starts(emoji: Path) -> None:
+    data = Steps(sources(emoji), SAMPLING, Augment(), seed=3)
+    alone = list(steps(data, start=0, stop=4, workers=0))
+    assert equal(alone, list(steps(data, start=0, stop=4, workers=2)))
+    assert equal(alone[2:], list(steps(data, start=2, stop=4, workers=0)))
+    other = list(steps(Steps(sources(emoji), SAMPLING, Augment(), seed=4), start=0, stop=4,
+                       workers=0))  # fmt: skip
+    assert not equal(alone, other)
+
+
+def test_every_record_comes_once_an_epoch_in_a_new_order(emoji: Path) -> None:
+    data = Steps(sources(emoji), SAMPLING, Augment(), seed=0)
+    order = [index for step in range(30) for index in data.order(0, step)]
+    epochs = [tuple(order[i : i + 6]) for i in range(0, 120, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len(set(epochs)) > 15
+
+
+def test_without_augmentation_frames_are_those_of_the_clip(emoji: Path) -> None:
+    data = Steps(sources(emoji, captions="first"), SAMPLING, PLAIN, seed=0)
+    step = data[0]
+    frames = step.batches[0].frames_BTHWC
+    for slot, index in enumerate(data.order(0, 0)):
+        record = data.sources[0].records[index]
+        clip = read_clip(record.video, num_frames=step.draw.num_frames, side=step.draw.side)
+        difference = frames[slot].numpy().astype(int) - clip.frames_THWC
+        assert np.abs(difference).mean() < 1
+        assert step.batches[0].captions[slot] == record.captions[0]
+
+
+def test_cached_frames_are_those_of_the_clip(emoji: Path) -> None:
+    data = Steps(sources(emoji, cache_frames=48, cache_side=112), SAMPLING, PLAIN, seed=0)
+    step = data[1]
+    for slot, index in enumerate(data.order(0, 1)):
+        record = data.sources[0].records[index]
+        clip = read_clip(record.video, num_frames=step.draw.num_frames, side=step.draw.side)
+        frames = step.batches[0].frames_BTHWC[slot].numpy()
+        # neighbouring frames of a cache differ a little in time, none in order
+        assert np.abs(frames.astype(int) - clip.frames_THWC).mean() < 6
+
+
+def test_pictures_are_mirrored_only_where_the_caption_stays_true(tmp_path: Path) -> None:
+    assert _says_side(("left arrow",))
+    assert _says_side(("fist", "hand, left-facing"))
+    assert not _says_side(("a bright leftover",))
+    from PIL import Image
+
+    pixels = np.zeros((56, 56, 3), np.uint8)
+    pixels[:, :28] = 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+
+    def left_is_bright(caption: str) -> set[bool]:
+        records = [Record(tmp_path / "half.png", (caption,), None)]
+        augment = Augment(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0))
+        data = Steps([Source(records, 1)], SAMPLING, augment, seed=0)
+        frames = [data[number].batches[0].frames_BTHWC[0, 0] for number in range(20)]
+        return {bool(f[:, :9].float().mean() > 128) for f in frames}
+
+    assert left_is_bright("a half") == {True, False}
+    assert left_is_bright("the left half") == {True}
