@@ -1,0 +1,296 @@
+"""Files -> segments with vectors: finding, deciding, decoding ahead, embedding in batches.
+
+Shape legend: N segments, D width.
+"""
+
+import glob
+import hashlib
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from fluxclip.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Clip, Fit, probe, read_clip, windows
+
+from .store import FileState
+
+CLIPS_PER_BATCH = 16  # embedded together, whatever videos they are of
+UNIT_TOLERANCE = 1e-3  # how far from 1 a vector's length may be; half precision is within it
+
+Segment = tuple[float, float]  # start_s, end_s
+
+_SUFFIXES = frozenset(VIDEO_SUFFIXES) | frozenset(IMAGE_SUFFIXES)
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class Embedder(Protocol):
+    """What a collection needs of a model; `fluxclip.load_model` returns such objects.
+
+    A member `fit` ("crop" or "squash") says how pictures become square; "crop" without it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    def grid(self, token_budget: int | None) -> tuple[int, int]: ...
+
+    def embed_video(
+        self, videos: Sequence[Any], *, token_budget: int | None = None
+    ) -> np.ndarray: ...
+
+    def embed_text(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a model wants to see a file: so many frames, of this side, made square like that."""
+
+    num_frames: int
+    side: int
+    fit: Fit
+
+    @classmethod
+    def of(cls, model: Embedder, token_budget: int | None) -> "Reader":
+        return cls(*model.grid(token_budget), getattr(model, "fit", "crop"))
+
+    def read(self, path: str | Path, segment: Segment | None = None) -> Clip:
+        """The frames of [start_s, end_s) of a video, or of all of it; VideoError if it has none."""
+        start_s, end_s = segment or (0.0, None)
+        return read_clip(
+            path,
+            num_frames=self.num_frames,
+            start_s=start_s,
+            end_s=end_s or None,  # an image is [0, 0)
+            side=self.side,
+            fit=self.fit,
+        )
+
+
+@dataclass
+class Source:
+    """A file on its way into a collection.
+
+    Done with an error, or with as many vectors as segments; without segments its content is the
+    one that is stored already.
+    """
+
+    path: str  # absolute; symbolic links are kept, the name is the one the user knows
+    is_named: bool = False  # given by itself, not found in a folder or by a pattern
+    state: FileState = FileState(0, 0, "")
+    duration_s: float = 0.0
+    segments: list[Segment] = field(default_factory=list)
+    vectors: list[np.ndarray] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.error is not None or len(self.vectors) == len(self.segments)
+
+
+def find_sources(paths: Sequence[str | Path], *, recursive: bool) -> list[Source]:
+    """Files, folders and patterns (`*?[`) -> sources in a fixed order, each file once.
+
+    In folders and patterns only videos and images count, told by their suffix, and nothing that
+    starts with a dot. What is not there, or is a folder without videos, becomes a source with an
+    error. ValueError if nothing is found at all.
+    """
+    found: dict[str, Source] = {}
+    without: list[str] = []
+    for given in map(str, paths):
+        path = os.path.abspath(given)
+        if os.path.isdir(path):
+            inside = _in_folder(path, recursive)
+        elif os.path.lexists(path) or not glob.has_magic(given):
+            found.setdefault(path, Source(path)).is_named = True
+            continue
+        else:
+            inside = _matching(given, recursive)
+        if not inside:
+            without.append(path)
+        for source in inside:
+            source.is_named = source.path == path  # a named folder that cannot be read
+            found.setdefault(source.path, source)
+    looked_for = f"looked for names that end in {', '.join(sorted(_SUFFIXES))}"
+    if not found:
+        raise ValueError(f"no video or image in {', '.join(without) or 'nothing'}; {looked_for}")
+    for path in without:
+        found[path] = Source(path, is_named=True, error=f"no video or image in it; {looked_for}")
+    return list(found.values())
+
+
+def embed_sources(
+    sources: Sequence[Source],
+    *,
+    known: Mapping[str, FileState],
+    model: Callable[[], Embedder],
+    token_budget: int | None,
+    window_s: float,
+) -> Generator[Source, None, None]:
+    """Yield each source in turn when it is done (see `Source`).
+
+    known: the state of files that are stored; with the same size and time they are not read.
+    model: called when the first clip is to be read, so that nothing new needs no model.
+    window_s: longer videos are cut into windows; an image is one segment [0, 0).
+    """
+    waiting: deque[Source] = deque()
+    workers = min(8, max(2, os.cpu_count() or 1))
+
+    def inspect(source: Source) -> Source:
+        if source.error is None:
+            with _errors_noted(source):
+                _inspect(source, known.get(source.path), window_s)
+        return source
+
+    def jobs() -> Iterator[tuple[Source, Segment | None, Reader | None]]:
+        reader = None
+        for source in _ahead(pool, inspect, sources, 2 * workers):
+            waiting.append(source)
+            if not source.segments:
+                yield source, None, None  # so that it comes out when it is its turn
+                continue
+            reader = reader or Reader.of(model(), token_budget)
+            for segment in source.segments:
+                yield source, segment, reader
+
+    def read(
+        job: tuple[Source, Segment | None, Reader | None],
+    ) -> tuple[Source, Clip | None]:
+        source, segment, reader = job
+        if reader is not None and source.error is None:
+            with _errors_noted(source):
+                return source, reader.read(source.path, segment)
+        return source, None
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        batch: list[tuple[Source, Clip]] = []
+        for source, clip in _ahead(pool, read, jobs(), CLIPS_PER_BATCH):
+            if clip is not None:
+                batch.append((source, clip))
+            if len(batch) == CLIPS_PER_BATCH:
+                _embed(batch, model(), token_budget)
+                batch = []
+            while waiting and waiting[0].is_done:
+                yield waiting.popleft()
+        if batch:
+            _embed(batch, model(), token_budget)
+        yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def vector_problem(vector_D: np.ndarray) -> str | None:
+    """What is wrong with a vector that should be finite and of length 1; None if nothing."""
+    if not np.isfinite(vector_D).all():
+        return "not finite"
+    length = float(np.linalg.norm(vector_D))
+    if abs(length - 1) > UNIT_TOLERANCE:
+        return f"of length {length:.4g} instead of 1"
+    return None
+
+
+def _is_wanted(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
+
+
+def _in_folder(folder: str, recursive: bool) -> list[Source]:
+    sources: list[Source] = []
+
+    def note(error: OSError) -> None:
+        sources.append(Source(str(error.filename), error=error.strerror))
+
+    for parent, folders, names in os.walk(folder, onerror=note):
+        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        files = sorted(filter(_is_wanted, names))
+        sources += [Source(os.path.join(parent, name)) for name in files]
+    return sources
+
+
+def _matching(pattern: str, recursive: bool) -> list[Source]:
+    sources: list[Source] = []
+    for path in map(os.path.abspath, sorted(glob.glob(pattern, recursive=True))):
+        if os.path.isdir(path):
+            sources += _in_folder(path, recursive)
+        elif _is_wanted(os.path.basename(path)):
+            sources.append(Source(path))
+    return sources
+
+
+@contextmanager
+def _errors_noted(source: Source) -> Iterator[None]:
+    """Put an error about a file into its source instead of raising it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        source.error = " ".join(reason.removeprefix(f"{source.path}: ").split())
+
+
+def _inspect(source: Source, known: FileState | None, window_s: float) -> None:
+    """Decide whether a file is new, and where to cut it."""
+    source.path.encode()  # SQLite keeps text as UTF-8
+    status = os.stat(source.path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ValueError("not a regular file")
+    if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        source.state = known
+        return
+    with open(source.path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    source.state = FileState(status.st_size, status.st_mtime_ns, sha256)
+    if known and known.sha256 == sha256:
+        return
+    info = probe(source.path)
+    source.duration_s = info.duration_s
+    cuts = windows(info.duration_s, window_s)  # one, [0, 0), of an image
+    source.segments = [(cut.start_s, cut.end_s) for cut in cuts]
+
+
+def _embed(batch: Sequence[tuple[Source, Clip]], model: Embedder, token_budget: int | None) -> None:
+    vectors_ND = check_vectors(
+        model.embed_video([clip for _, clip in batch], token_budget=token_budget),
+        len(batch),
+        model,
+    )
+    for (source, _), vector_D in zip(batch, vectors_ND, strict=True):
+        source.vectors.append(vector_D)
+        if problem := vector_problem(vector_D):
+            source.error = f"model {model.name!r} gave a vector that is {problem}"
+
+
+def check_vectors(vectors_ND: np.ndarray, num: int, model: Embedder) -> np.ndarray:
+    """A model's answer as float32; ValueError unless it is (num, model.dim)."""
+    if np.shape(vectors_ND) != (num, model.dim):
+        raise ValueError(
+            f"model {model.name!r} gave vectors of shape {np.shape(vectors_ND)}, expected "
+            f"{(num, model.dim)}"
+        )
+    return np.ascontiguousarray(vectors_ND, np.float32)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], num_ahead: int
+) -> Iterator[Out]:
+    """Map in order, with at most `num_ahead` items under way or waiting to be taken."""
+    pending: deque[Future[Out]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == num_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,341 @@
+"""Adding: each video once and whole, whatever the files are like and whatever happens meanwhile."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layout_embedder import LayoutEmbedder
+from PIL import Image
+
+from fluxclip.video import Clip, probe, read_clip, windows
+from retrieval import Collection
+
+
+def _paths(collection: Collection) -> list[str]:
+    return list(collection._store.files())
+
+
+def _segments(collection: Collection, path: Path) -> list[tuple[int, float, float]]:
+    hits = collection.search(vector=np.ones(collection.info()["dim"]), k=1000)
+    return sorted((h.id, h.start_s, h.end_s) for h in hits if h.video == str(path))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, clips: list[Path]) -> Path:
+    """Three clips and a still in nested folders, and files that are no videos."""
+    folder = tmp_path / "videos"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    shutil.copy(clips[0], folder / "b.mp4")
+    shutil.copy(clips[1], folder / "deep" / "a.MP4")
+    shutil.copy(clips[2], folder / "deep" / "er" / "c.mp4")
+    shutil.copy(clips[3], folder / ".hidden" / "d.mp4")
+    shutil.copy(clips[3], folder / "._b.mp4")
+    stills = clips[0].parents[1] / "stills"
+    shutil.copy(min(stills.iterdir()), folder / "still.webp")
+    (folder / "notes.txt").write_text("not a video")
+    return folder
+
+
+def test_vectors_are_those_of_the_model_for_each_window(
+    cats: Collection, embedder: LayoutEmbedder, clips: list[Path], film: Path
+) -> None:
+    report = cats.add([*clips, film])
+    assert (report.added, report.skipped, report.failed) == (21, 0, {})
+    assert len(cats) == 20 + 5
+    # 24 s in windows of 5: the last one is moved back to end with the film
+    times = [(start, end) for _, start, end in _segments(cats, film)]
+    assert times == [(0, 5), (5, 10), (10, 15), (15, 20), (19, 24)]
+    for start_s, end_s in times:
+        clip = read_clip(film, num_frames=4, start_s=start_s, end_s=end_s, side=32, fit="squash")
+        [hit] = cats.search(vector=embedder.embed_video([clip])[0], k=1)
+        assert (hit.video, hit.start_s, hit.end_s) == (str(film), start_s, end_s)
+        assert hit.score == pytest.approx(1, abs=1e-6)
+    for path in clips:
+        [hit] = cats.search(vector=embedder.embed_video([path])[0], k=1)
+        assert hit.video == str(path) and hit.score == pytest.approx(1, abs=1e-6)
+        assert 0 == hit.start_s < hit.end_s <= 5
+
+
+def test_token_budget_decides_the_frames(
+    tmp_path: Path, embedder: LayoutEmbedder, clips: list[Path]
+) -> None:
+    with Collection.create(tmp_path / "few", model=embedder, token_budget=16) as few:
+        few.add(clips[0])
+        one_frame = read_clip(clips[0], num_frames=1, side=32, fit="squash")
+        [hit] = few.search(vector=embedder.embed_video([one_frame])[0])
+        assert hit.score == pytest.approx(1, abs=1e-6)
+        [hit] = few.search(video=clips[0])
+        assert hit.score == pytest.approx(1, abs=1e-6)
+
+
+def test_folders_patterns_and_names(cats: Collection, folder: Path) -> None:
+    inside = ["b.mp4", "deep/a.MP4", "deep/er/c.mp4", "still.webp"]
+    seen: list[tuple[int, int, str]] = []
+    report = cats.add(folder, progress=lambda *done: seen.append(done))
+    assert _paths(cats) == [str(folder / name) for name in inside]
+    assert (report.added, report.skipped, report.failed) == (4, 0, {})
+    assert [(done, total) for done, total, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert sorted(path for _, _, path in seen) == _paths(cats)
+    # an image takes no time
+    [(_, start_s, end_s)] = _segments(cats, folder / "still.webp")
+    assert (start_s, end_s) == (0, 0)
+
+    for path in _paths(cats):
+        cats.remove(video=path)
+    assert cats.add([folder], recursive=False).added == 2
+    assert cats.add([f"{folder}/*/*.MP4"]).added == 1
+    assert cats.add([f"{folder}/**/*.mp4", folder / "b.mp4", folder]).skipped == 3
+    assert _paths(cats) == [str(folder / name) for name in inside]
+
+
+def test_relative_paths_are_made_absolute(
+    cats: Collection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = folder / "odd [1]"  # would be a pattern
+    (folder / "deep").rename(odd)
+    monkeypatch.chdir(odd)
+    assert cats.add(["er/../a.MP4", "er/*.mp4", "../*.mp4"]).added == 3
+    assert _paths(cats) == [str(folder / "b.mp4"), str(odd / "a.MP4"), str(odd / "er" / "c.mp4")]
+    assert cats.add([odd / "a.MP4"]).skipped == 1
+    assert cats.remove(video="a.MP4") == 1
+
+
+def test_same_file_twice_adds_nothing(cats: Collection, clips: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    shutil.copy(clips[0], path)
+    assert cats.add([path, path]).added == 1
+    revision = cats._store.revision()
+    again = cats.add([path, str(path)])
+    assert (again.added, again.skipped) == (0, 1)
+    assert cats._store.revision() == revision
+
+    os.utime(path, ns=(1, 1))  # another time, the same content
+    assert (cats.add(path).added, len(cats)) == (0, 1)
+    assert [hit.id for hit in cats.search(video=path)] == [1]
+
+    other = tmp_path / "b.mp4"  # the same content elsewhere is a video of its own
+    shutil.copy(path, other)
+    assert cats.add([path, other]).added == 1
+    assert [hit.id for hit in cats.search(video=path)] == [1, 2]  # equal scores: by id
+
+
+def test_nothing_new_needs_no_model(cats: Collection, clips: list[Path]) -> None:
+    cats.add(clips[:3])
+    cats.close()
+    with Collection.open(cats._store.folder) as again:  # its name is known to nobody
+        assert again.add(clips[:3]).skipped == 3
+        with pytest.raises(ValueError, match="'cats' was built by model 'layout', which cannot"):
+            again.add(clips[:4])
+        assert len(again) == 3
+
+
+def test_changed_file_replaces_its_segments(
+    many_windows: Collection, embedder: LayoutEmbedder, clips: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.mp4"
+    shutil.copy(clips[0], path)
+    many_windows.add([path, clips[1]], metadata={"camera": "north"})
+    before = _segments(many_windows, path)
+    shutil.copy(clips[2], path)
+    report = many_windows.add([path, clips[1]], metadata={"year": 2020})
+    assert (report.added, report.skipped) == (1, 1)
+    after = _segments(many_windows, path)
+    assert len(before) > 3 and len(after) > 3
+    assert min(id for id, *_ in after) > max(id for id, *_ in before)
+    for id, start_s, end_s in after:
+        clip = read_clip(path, num_frames=4, start_s=start_s, end_s=end_s, side=32, fit="squash")
+        hits = many_windows.search(vector=embedder.embed_video([clip])[0], k=100)
+        assert id in [hit.id for hit in hits if hit.score == pytest.approx(1, abs=1e-6)]
+    assert {hit.video for hit in hits} == {str(path), str(clips[1])}
+    assert all(hit.metadata == {"camera": "north", "year": 2020} for hit in hits)
+
+
+def test_unreadable_change_keeps_what_was_stored(
+    cats: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.mp4"
+    shutil.copy(clips[0], path)
+    cats.add(path)
+    path.write_text("no longer a video")
+    report = cats.add(path)
+    assert list(report.failed) == [str(path)]
+    assert [hit.video for hit in cats.search(video=clips[0])] == [str(path)]
+
+
+def test_bad_files_named_and_found(
+    cats: Collection, clips: list[Path], film: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "text.mp4").write_text("a text file, renamed")
+    (folder / "empty.mp4").touch()
+    data = film.read_bytes()
+    (folder / "truncated.mp4").write_bytes(data[: len(data) // 2])
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    (folder / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.mp4")
+    shutil.copy(clips[0], folder / "good.mp4")
+    bad = {str(path) for path in folder.iterdir()} - {str(folder / "good.mp4")}
+
+    report = cats.add([folder])
+    assert (report.added, set(report.failed), report.named_failed) == (1, bad, ())
+    assert all(reason and "\n" not in reason for reason in report.failed.values())
+    assert report.failed[str(folder / "empty.mp4")] == "an empty file (0 bytes)"
+
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    missing = [tmp_path / "missing.mp4", tmp_path / "missing*.mp4", empty]
+    report = cats.add([folder / "text.mp4", *missing, folder, clips[1]])
+    assert (report.added, report.skipped) == (1, 1)
+    assert set(report.failed) == bad | set(map(str, missing))
+    assert set(report.named_failed) == {str(path) for path in [folder / "text.mp4", *missing]}
+    assert cats.check().problems == ()
+
+
+def test_a_film_cut_off_in_the_middle_is_not_half_added(
+    cats: Collection, film: Path, tmp_path: Path
+) -> None:
+    """The index of the file comes first here, so that its beginning can be read."""
+    import av
+
+    whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    with (
+        av.open(str(film)) as source,
+        av.open(str(whole), "w", options={"movflags": "faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    read_clip(cut, num_frames=4, start_s=0, end_s=5)
+    report = cats.add(cut)
+    assert list(report.failed) == [str(cut)] and report.added == len(cats) == 0
+
+
+def test_nothing_to_add_says_what_is_looked_for(cats: Collection, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a video")
+    for paths in [[tmp_path], [tmp_path / "*.txt"], []]:
+        with pytest.raises(ValueError, match=r"no video or image in .*\.mp4.*\.webm"):
+            cats.add(paths)
+
+
+class _DarkIsNan(LayoutEmbedder):
+    """A model with a fault: it divides by zero where a clip is dark."""
+
+    def _layout(self, video: str | Path | Clip, token_budget: int | None) -> np.ndarray:
+        vector = super()._layout(video, token_budget)
+        return vector * (np.nan if vector.mean() < 0 else 1)
+
+
+class _TwiceAsLong(LayoutEmbedder):
+    """A model with a fault: its vectors are not of length 1."""
+
+    def embed_video(
+        self, videos: Sequence[str | Path | Clip], *, token_budget: int | None = None
+    ) -> np.ndarray:
+        return 2 * super().embed_video(videos, token_budget=token_budget)
+
+
+def test_vectors_that_are_no_unit_vectors_are_refused(tmp_path: Path, clips: list[Path]) -> None:
+    night = tmp_path / "night.png"
+    Image.new("RGB", (64, 64), "navy").save(night)
+    with Collection.create(tmp_path / "a", model=_DarkIsNan()) as collection:
+        report = collection.add([clips[0], night, clips[1]])  # emoji are drawn on white
+        assert report.added == 2
+        assert report.failed == {str(night): "model 'layout' gave a vector that is not finite"}
+    with Collection.create(tmp_path / "b", model=_TwiceAsLong()) as collection:
+        report = collection.add(clips[:2])
+        assert report.added == 0 and len(collection) == 0
+        assert "of length 2 instead of 1" in report.failed[str(clips[0])]
+
+
+def test_metadata_is_checked_before_any_work(cats: Collection, clips: list[Path]) -> None:
+    with pytest.raises(ValueError, match="metadata 'tags' must be text, a finite number"):
+        cats.add(clips[:1], metadata={"tags": ["a"]})  # type: ignore[dict-item]
+    assert len(cats) == 0
+    cats.add(clips[:1], metadata={"camera": "north"})
+    cats.add(clips[:1], metadata={"camera": "south"})  # known, yet not ignored
+    assert cats.search(video=clips[0])[0].metadata == {"camera": "south"}
+
+
+def test_add_is_refused_while_another_process_adds(cats: Collection, clips: list[Path]) -> None:
+    other = Collection.open(cats._store.folder, model=cats.model)
+    refusals = []
+
+    def add_too(done: int, total: int, path: str) -> None:
+        assert len(other.search(video=clips[0])) == done  # what is committed can be found
+        with pytest.raises(OSError, match="another process is writing to collection 'cats'"):
+            other.add(clips[5:6])
+        with pytest.raises(OSError, match="another process is writing"):
+            other.remove(video=clips[0])
+        refusals.append(path)
+
+    cats.add(clips[:3], progress=add_too)
+    assert len(refusals) == 3
+    assert other.add(clips[5:6]).added == 1
+    assert len(cats.search(video=clips[0])) == 4
+
+
+def test_interrupt_keeps_what_is_committed(cats: Collection, clips: list[Path]) -> None:
+    def stop(done: int, total: int, path: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cats.add(clips, progress=stop)
+    assert _paths(cats) == [str(path) for path in clips[:3]]
+    report = cats.add(clips)
+    assert (report.added, report.skipped) == (17, 3)
+    assert len(cats.search(video=clips[0], k=50)) == 20
+
+
+def test_kill_leaves_whole_videos_and_adding_again_completes(
+    tmp_path: Path, embedder: LayoutEmbedder, clips: list[Path]
+) -> None:
+    """Killed while the second batch is embedded, when the second clip has vectors for a part."""
+    folder = tmp_path / "cats"
+    files = [str(path) for path in clips[:3]]
+    num_windows = [len(windows(probe(path).duration_s, 0.25)) for path in files]
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from layout_embedder import LayoutEmbedder
+        from retrieval import Collection
+
+        class Slow(LayoutEmbedder):
+            num_calls = 0
+            def embed_video(self, videos, *, token_budget=None):
+                self.num_calls += 1
+                if self.num_calls == 2:
+                    print("ready", flush=True)
+                    time.sleep(60)
+                return super().embed_video(videos, token_budget=token_budget)
+
+        Collection.create({str(folder)!r}, model=Slow(), window_s=0.25).add({files!r})
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+    with Collection.open(folder, model=embedder) as collection:
+        assert _paths(collection) == files[:1]
+        assert len(collection) == len(_segments(collection, clips[0])) == num_windows[0] < 16
+        assert collection.check().problems == ()
+        report = collection.add(files)
+        assert (report.added, report.skipped) == (2, 1)
+        assert _paths(collection) == files
+        assert [len(_segments(collection, path)) for path in clips[:3]] == num_windows

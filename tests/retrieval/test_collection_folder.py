@@ -1,0 +1,345 @@
+"""The folder: made, opened, checked, and its cache lost, damaged or out of date."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layout_embedder import LayoutEmbedder
+
+from retrieval import Collection
+from retrieval.store import DATABASE
+
+
+@pytest.fixture
+def filled(cats: Collection, clips: list[Path]) -> Collection:
+    """Twelve clips."""
+    cats.add(clips[:12])
+    return cats
+
+
+def _ids(collection: Collection) -> list[int]:
+    hits = collection.search(vector=np.ones(collection.info()["dim"]), k=1000)
+    return sorted(hit.id for hit in hits)
+
+
+def test_what_create_refuses(
+    tmp_path: Path, embedder: LayoutEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Collection.create("a/cats", model=embedder).close()
+    (tmp_path / "file").touch()
+    for name in ("a/cats", "a", "file"):
+        with pytest.raises(FileExistsError, match=f"{tmp_path / name}' exists already"):
+            Collection.create(name, model="no such model, which is not even looked for")
+    for budget in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="a token budget must be a whole number"):
+            Collection.create("b", model=embedder, token_budget=budget)
+    for window_s in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="window_s must be"):
+            Collection.create("b", model=embedder, window_s=window_s)
+    with pytest.raises(ValueError, match="no such model"):
+        Collection.create("b", model="no such model")
+    assert sorted(os.listdir(tmp_path)) == ["a", "file"]
+
+
+def test_what_open_refuses(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no collection .*nowhere"):
+        Collection.open(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a collection: it holds no collection.sqlite"):
+        Collection.open(tmp_path)
+    (tmp_path / DATABASE).touch()
+    with pytest.raises(ValueError, match="is not the file of a collection"):
+        Collection.open(tmp_path)
+
+
+def test_another_model_is_refused(filled: Collection, embedder: LayoutEmbedder) -> None:
+    folder = filled._store.folder
+    for other in (LayoutEmbedder("small", cells=2), LayoutEmbedder("small", contrast=0.5)):
+        with pytest.raises(ValueError) as error:
+            Collection.open(folder, model=other)
+        assert str(error.value) == (
+            f"collection 'cats' was built by layout@{embedder.fingerprint[:6]}; "
+            f"this model is small@{other.fingerprint[:6]}"
+        )
+    renamed = LayoutEmbedder("the same under another name")
+    assert len(Collection.open(folder, model=renamed).search("a dog", k=3)) == 3
+
+
+def test_what_needs_no_model_loads_none(filled: Collection) -> None:
+    filled.close()
+    with Collection.open(filled._store.folder) as again:
+        info = again.info()
+        assert (info["videos"], info["segments"], info["texts"]) == (12, 12, 0)
+        assert (info["name"], info["model_name"], info["window_s"]) == ("cats", "layout", 5.0)
+        assert info["token_budget"] is None and info["index"] == "Flat"
+        assert info["size_bytes"] > 10_000
+        assert _ids(again) == list(range(1, 13))
+        assert again.remove(id=3) == 1 and len(again) == 11
+        with pytest.raises(ValueError, match="built by model 'layout', which cannot be loaded"):
+            again.search("a dog")
+    with pytest.raises(ValueError, match="'cats' is closed"):
+        len(again)
+
+
+def test_removed_is_gone_and_its_id_too(filled: Collection, clips: list[Path]) -> None:
+    [hit] = filled.search(video=clips[4], k=1)
+    assert filled.remove(video=clips[4]) == 1
+    assert hit.id not in _ids(filled) and len(filled) == 11
+    assert filled.search(video=clips[4], k=1)[0].video != str(clips[4])
+    filled.add(clips[4])
+    [again] = filled.search(video=clips[4], k=1)
+    assert again.video == str(clips[4]) and again.id == 13
+    for what in ({"video": "nowhere.mp4"}, {"id": hit.id}):
+        with pytest.raises(ValueError, match="'cats' holds no (video|segment)"):
+            filled.remove(**what)  # type: ignore[arg-type]
+    for what in ({}, {"video": clips[0], "id": 1}):
+        with pytest.raises(ValueError, match="remove takes one of"):
+            filled.remove(**what)  # type: ignore[arg-type]
+    assert len(filled) == 12
+
+
+def test_one_segment_of_a_video_can_be_removed(many_windows: Collection, clips: list[Path]) -> None:
+    many_windows.add(clips[0])
+    n = len(many_windows)
+    assert n > 3 and many_windows.remove(id=2) == 1
+    assert _ids(many_windows) == [1, *range(3, n + 1)]
+    assert many_windows.add(clips[0]).skipped == 1  # known; what was removed stays removed
+    assert many_windows.remove(video=clips[0]) == n - 1
+    assert many_windows.info()["videos"] == 0 and _ids(many_windows) == []
+
+
+def _delete(index: Path) -> None:
+    index.unlink()
+
+
+def _flip_a_byte(index: Path) -> None:
+    data = bytearray(index.read_bytes())
+    data[len(data) // 2] ^= 1
+    index.write_bytes(data)
+
+
+def _truncate(index: Path) -> None:
+    index.write_bytes(index.read_bytes()[:1000])
+
+
+def _empty(index: Path) -> None:
+    index.write_bytes(b"")
+
+
+def _make_a_folder_of_it(index: Path) -> None:
+    index.unlink()
+    index.mkdir()
+
+
+@pytest.mark.parametrize("harm", [_delete, _flip_a_byte, _truncate, _empty, _make_a_folder_of_it])
+def test_cache_is_made_anew(filled: Collection, harm: Callable[[Path], None]) -> None:
+    folder = filled._store.folder
+    filled.close()
+    harm(folder / "index.faiss")
+    with Collection.open(folder) as again:
+        assert _ids(again) == list(range(1, 13))
+    if harm is not _make_a_folder_of_it:  # which nothing can replace, yet search goes on
+        with Collection.open(folder) as again:
+            assert again.check().fixed == ()  # the search has written it
+
+
+@pytest.mark.parametrize("harm", [_delete, _flip_a_byte, _truncate])
+def test_check_mends_the_cache(filled: Collection, harm: Callable[[Path], None]) -> None:
+    index = filled._store.folder / "index.faiss"
+    assert filled.check().fixed == ()
+    harm(index)
+    report = filled.check()
+    assert len(report.fixed) == 1 and report.problems == report.missing_files == ()
+    assert filled.check().fixed == ()
+    assert _ids(filled) == list(range(1, 13))
+
+
+def test_cache_of_an_older_revision_catches_up(filled: Collection, clips: list[Path]) -> None:
+    index = filled._store.folder / "index.faiss"
+    old = index.read_bytes()
+    filled.remove(video=clips[2])
+    filled.add(clips[12:14])
+    filled.close()
+    index.write_bytes(old)
+    with Collection.open(filled._store.folder) as again:
+        assert _ids(again) == [1, 2, *range(4, 15)]
+    index.write_bytes(old)
+    with Collection.open(filled._store.folder) as again:
+        [fixed] = again.check().fixed
+        assert "it covers revision 12, the collection is at 15" in fixed
+
+
+def test_cache_of_another_collection_is_not_taken(
+    filled: Collection, tmp_path: Path, embedder: LayoutEmbedder, clips: list[Path]
+) -> None:
+    """The same model, the same ids, the same revision, other videos."""
+    with Collection.create(tmp_path / "dogs", model=embedder, window_s=5.0) as dogs:
+        dogs.add(clips[3:15])
+        assert dogs._store.revision() == filled._store.revision()
+    shutil.copy(tmp_path / "dogs" / "index.faiss", filled._store.folder / "index.faiss")
+    with Collection.open(filled._store.folder, model=embedder) as again:
+        assert again.search(video=clips[0], k=1)[0].video == str(clips[0])
+
+
+def test_writes_of_another_process_are_seen(filled: Collection, clips: list[Path]) -> None:
+    other = Collection.open(filled._store.folder, model=filled.model)
+    assert _ids(other) == list(range(1, 13))
+    filled.remove(video=clips[0])
+    filled.add(clips[12:13])
+    assert _ids(other) == list(range(2, 14))
+    assert other.search(video=clips[12], k=1)[0].id == 13
+
+
+def test_check_finds_damage_and_missing_files(
+    cats: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.mp4"
+    shutil.copy(clips[0], path)
+    cats.add([path, *clips[1:4]])
+    path.unlink()
+    assert cats.check().missing_files == (str(path),)
+    assert cats.search(video=clips[0], k=1)[0].video == str(path)  # stays searchable
+
+    db = sqlite3.connect(cats._store.folder / DATABASE, isolation_level=None)
+    db.execute("UPDATE segments SET vector = zeroblob(length(vector)) WHERE id = 2")
+    db.execute("UPDATE segments SET vector = x'0102' WHERE id = 3")
+    problems = cats.check().problems
+    assert len(problems) == 2
+    assert "the vector of segment 2 is of length 0 instead of 1: remove" in problems[0]
+    assert "the vector of segment 3 is of 2 bytes instead of 192" in problems[1]
+    for damaged in clips[1:3]:  # as it says
+        cats.remove(video=damaged)
+    cats.add(clips[1:3])
+    assert cats.check().problems == ()
+    assert len(_ids(cats)) == 4
+
+    db.execute("INSERT INTO segments VALUES (90, 77, 0, 1, x'')")
+    assert cats.check().problems == ("segments 90 belongs to no videos",)
+
+
+def test_check_of_a_damaged_database(filled: Collection) -> None:
+    filled.close()
+    database = filled._store.folder / DATABASE
+    data = bytearray(database.read_bytes())
+    for page in range(8, len(data) // 4096):
+        data[page * 4096 : page * 4096 + 200] = b"\xa5" * 200
+    database.write_bytes(data)
+    with Collection.open(filled._store.folder) as again:
+        assert len(again.check().problems) > 0
+        with pytest.raises(ValueError, match="'cats' is damaged"):
+            _ids(again)
+
+
+@pytest.mark.parametrize("kind", ["IVF2,Flat", "HNSW8", "SQ8"])
+def test_rebuild_as_another_kind(
+    filled: Collection, clips: list[Path], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact = {path: filled.search(video=path, k=1) for path in clips[:12]}
+    filled.add(clips[12:14], metadata={"camera": "north"})
+    filled.rebuild(index=kind)
+    assert filled.info()["index"] == kind
+    filled.close()
+    with Collection.open(filled._store.folder, model=filled.model) as again:
+        assert not caplog.records  # taken from its file
+        for path, hits in exact.items():
+            assert again.search(video=path, k=1) == hits  # the score too
+        north = again.search(video=clips[0], k=5, where={"camera": "north"})
+        assert {hit.video for hit in north} == set(map(str, clips[12:14]))
+        again.remove(video=clips[3])
+        again.add(clips[14:15])
+        assert again.search(video=clips[14], k=1)[0].video == str(clips[14])
+        assert str(clips[3]) not in {hit.video for hit in again.search(video=clips[3], k=100)}
+        again.rebuild()
+        assert again.info()["index"] == kind
+        again.rebuild(index="Flat")
+        assert len(_ids(again)) == 14
+
+
+def test_rebuild_refuses_and_changes_nothing(filled: Collection) -> None:
+    with pytest.raises(ValueError, match="'IVF4096,SQ8' cannot be made from 12 vectors"):
+        filled.rebuild(index="IVF4096,SQ8")
+    with pytest.raises(ValueError, match="does not know the index 'Flatt'"):
+        filled.rebuild(index="Flatt")
+    assert filled.info()["index"] == "Flat" and _ids(filled) == list(range(1, 13))
+
+
+def test_too_few_vectors_for_the_kind_are_searched_one_by_one(
+    filled: Collection, clips: list[Path]
+) -> None:
+    filled.rebuild(index="IVF8,Flat")
+    for path in clips[:8]:
+        filled.remove(video=path)
+    assert _ids(filled) == [9, 10, 11, 12]
+    filled.close()
+    with Collection.open(filled._store.folder) as again:
+        assert _ids(again) == [9, 10, 11, 12]
+
+
+def test_read_only_folder_can_be_searched_not_changed(
+    filled: Collection, clips: list[Path]
+) -> None:
+    """In a process without rights to the folder, whoever runs the tests."""
+    filled.close()
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "cats"
+        shutil.copytree(filled._store.folder, folder)
+        (folder / "index.faiss").unlink()
+        for path in folder.iterdir():
+            path.chmod(0o444)
+        folder.chmod(0o555)
+        Path(parent).chmod(0o755)
+        script = f"""
+            import os
+            import numpy as np
+            from retrieval import Collection
+            collection = Collection.open({str(folder)!r})
+            import retrieval.backends.faiss_index, fluxclip.video.stills  # before the rights go
+            collection.close()
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            collection = Collection.open({str(folder)!r})
+            print(len(collection.search(vector=np.ones(collection.info()["dim"]), k=100)))
+            for change in (lambda: collection.remove(id=1), lambda: collection.rebuild()):
+                try:
+                    change()
+                except PermissionError as error:
+                    print(error)
+            """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+        )
+        folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    refusal = "collection 'cats' cannot be written: Permission denied"
+    lines = done.stdout.splitlines()
+    assert lines[0] == "12" and len(lines) == 3
+    assert all(line.startswith(refusal) for line in lines[1:])
+    assert done.stderr == ""
+
+
+def test_importing_a_collection_loads_neither_torch_nor_faiss() -> None:
+    script = "import sys, retrieval.collection; print({'torch', 'faiss', 'av'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_without_faiss_nothing_is_lost_and_the_search_says_what_to_do(
+    cats: Collection, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "retrieval.backends.faiss_index", raising=False)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # how Python notes that there is none
+    assert cats.add(clips[:2]).added == 2
+    with pytest.raises(OSError, match=r"FAISS is not installed: pip install 'fluxclip\[cpu\]'"):
+        cats.search("a dog")
+    monkeypatch.undo()
+    assert len(cats.search("a dog")) == 2

@@ -1,0 +1,219 @@
+"""The SQLite file: whole transactions, ids that never come back, errors in a line."""
+
+import sqlite3
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrieval import store as store_module
+from retrieval.store import DATABASE, FileState, Store, encode_metadata
+
+DIM = 8
+STATE = FileState(size=10, mtime_ns=20, sha256="30")
+
+
+def _vectors(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, DIM)).astype(np.float32)
+
+
+def _put(store: Store, path: str, num_segments: int = 1, **metadata: str | int | float) -> None:
+    segments = [(float(i), float(i + 1)) for i in range(num_segments)]
+    vectors = _vectors(num_segments, seed=len(path))
+    store.put_video(path, STATE, float(num_segments), segments, vectors, metadata)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    Store.create(tmp_path / "cats", {"dim": DIM, "model_name": "m"})
+    return Store(tmp_path / "cats")
+
+
+def test_create_makes_the_folder_in_one_step(tmp_path: Path) -> None:
+    Store.create(tmp_path / "a" / "cats", {"dim": DIM, "window_s": 2.5})
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["cats"]
+    settings = Store(tmp_path / "a" / "cats").settings()
+    assert settings == {"dim": DIM, "window_s": 2.5, "revision": 0}
+    with pytest.raises(FileExistsError, match="exists already"):
+        Store.create(tmp_path / "a" / "cats", {"dim": DIM})
+    with pytest.raises(TypeError):  # what JSON cannot hold
+        Store.create(tmp_path / "a" / "dogs", {"dim": object()})
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["cats"]
+
+
+def test_vectors_come_back_bit_for_bit_in_the_order_of_ids(store: Store) -> None:
+    _put(store, "/a", 3)
+    _put(store, "/bb", 2)
+    ids, vectors = store.vectors()
+    assert ids.tolist() == [1, 2, 3, 4, 5] and vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, np.concatenate([_vectors(3, 2), _vectors(2, 3)]))
+    ids, some = store.vectors(np.array([5, 2, 99]))
+    assert ids.tolist() == [2, 5]
+    np.testing.assert_array_equal(some, vectors[[1, 4]])
+    assert store.segments(np.array([4, 99])) == {4: store_module.SegmentRow(4, 2, "/bb", 0.0, 1.0)}
+
+
+def test_ids_are_never_used_again(store: Store) -> None:
+    _put(store, "/a", 3)
+    assert store.remove_video("/a") == 3
+    _put(store, "/a", 2)
+    assert store.segment_ids().tolist() == [4, 5]
+    _put(store, "/a", 2)  # replaced
+    assert store.segment_ids().tolist() == [6, 7]
+    assert store.remove_segment(7) == 1 and store.remove_segment(7) == 0
+    assert list(store.files()) == ["/a"]
+    store.remove_segment(6)
+    assert store.counts() == {"videos": 0, "segments": 0, "texts": 0}
+    store.put_texts(["x"], _vectors(1))
+    assert store.remove_text("x") == 1 and store.remove_text("x") == 0
+    store.put_texts(["x"], _vectors(1))
+    assert store.texts()[0] == [(2, "x")]
+
+
+def test_a_failing_write_leaves_nothing(store: Store) -> None:
+    _put(store, "/a", 2, camera="north")
+    revision = store.revision()
+    with pytest.raises(ValueError):  # fewer vectors than segments, found after the first insert
+        store.put_video("/b", STATE, 2.0, [(0.0, 1.0), (1.0, 2.0)], _vectors(1))
+    with pytest.raises(ValueError):
+        store.put_video("/a", STATE, 2.0, [(0.0, 1.0), (1.0, 2.0)], _vectors(1))
+    assert store.revision() == revision
+    assert list(store.files()) == ["/a"] and store.segment_ids().tolist() == [1, 2]
+    assert store.metadata(1) == {"camera": "north"}
+
+
+def test_revision_grows_with_every_write_that_changes_something(store: Store) -> None:
+    seen = [store.revision()]
+    _put(store, "/a")
+    seen.append(store.revision())
+    store.touch_video("/a", STATE, {"camera": "north"})
+    seen.append(store.revision())
+    store.touch_video("/a", STATE, {"camera": "north"})  # known already
+    assert store.revision() == seen[-1]
+    store.put_texts(["x"], _vectors(1))
+    seen.append(store.revision())
+    store.remove_video("/a")
+    seen.append(store.revision())
+    assert seen == sorted(set(seen))
+
+
+def test_metadata_keeps_types_and_compares_by_them(store: Store) -> None:
+    _put(store, "/a", year=2020, camera="north", share=0.5)
+    _put(store, "/b", 2, year="2020", camera="north")
+    _put(store, "/c", year=True, camera="ñ 'x' \"y\"")
+    assert store.metadata(1) == {"year": 2020, "camera": "north", "share": 0.5}
+    assert store.metadata(3) == {"year": True, "camera": "ñ 'x' \"y\""}
+    assert store.segment_ids({"year": 2020}).tolist() == [1]
+    assert store.segment_ids({"year": 2020.0}).tolist() == [1]
+    assert store.segment_ids({"year": "2020"}).tolist() == [2, 3]
+    assert store.segment_ids({"year": 1}).tolist() == []
+    assert store.segment_ids({"year": True}).tolist() == [4]
+    assert store.segment_ids({"camera": "north"}).tolist() == [1, 2, 3]
+    assert store.segment_ids({"camera": "north", "share": 0.5}).tolist() == [1]
+    assert store.segment_ids({"camera": "ñ 'x' \"y\""}).tolist() == [4]
+    assert store.segment_ids({"camra": "north"}).tolist() == []
+    assert store.segment_ids({}).tolist() == store.segment_ids().tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("metadata", [{"a": None}, {"a": [1]}, {"a": float("nan")}, {"": 1}])
+def test_metadata_that_cannot_be_compared_is_refused(metadata: dict) -> None:
+    with pytest.raises(ValueError, match="metadata"):
+        encode_metadata(metadata)
+
+
+def test_a_reader_sees_one_revision_and_holds_up_no_writer(store: Store) -> None:
+    _put(store, "/a")
+    reader = Store(store.folder)
+    with reader.snapshot():
+        assert reader.segment_ids().tolist() == [1]
+        _put(store, "/b")
+        assert reader.segment_ids().tolist() == [1]
+    assert reader.segment_ids().tolist() == [1, 2]
+
+
+def test_one_writer_at_a_time_is_told_at_once(store: Store) -> None:
+    other = Store(store.folder)
+    with (
+        store.sole_writer(),
+        pytest.raises(OSError, match="another process is writing to collection 'cats'"),
+        other.sole_writer(),
+    ):
+        pass
+    with other.sole_writer():
+        pass
+
+
+def test_a_lock_held_by_another_program_is_an_os_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_S", 0.05)
+    late = Store(store.folder)
+    foreign = sqlite3.connect(store.folder / DATABASE, isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    assert late.segment_ids().tolist() == []  # reading goes on
+    with pytest.raises(OSError, match="collection 'cats' is locked by another process"):
+        _put(late, "/a")
+    foreign.execute("ROLLBACK")
+    _put(late, "/a")
+
+
+def test_a_full_disk_is_an_os_error_and_loses_nothing(store: Store) -> None:
+    _put(store, "/a")
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own way to be full
+    with pytest.raises(OSError, match="the disk of collection 'cats' fails or is full"):
+        _put(store, "/b", 500)
+    assert list(store.files()) == ["/a"] and store.problems() == []
+
+
+def test_what_is_no_collection_is_said(store: Store, tmp_path: Path) -> None:
+    database = store.folder / DATABASE
+    store.close()
+    with pytest.raises(ValueError, match="collection 'cats' is closed"):
+        store.counts()
+
+    sqlite3.connect(tmp_path / DATABASE).execute("CREATE TABLE t (x)").connection.close()
+    with pytest.raises(ValueError, match="is not the file of a collection"):
+        Store(tmp_path)
+
+    newer = sqlite3.connect(database)
+    newer.execute("PRAGMA user_version = 99")
+    newer.close()
+    with pytest.raises(ValueError, match="'cats' has format 99, this program reads up to 1"):
+        Store(store.folder)
+
+    database.write_bytes(b"not a database at all, not even nearly" * 100)
+    with pytest.raises(ValueError, match="collection 'cats' is damaged"):
+        Store(store.folder)
+
+
+def test_a_file_of_an_older_format_is_brought_up_to_date(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put(store, "/a", 2)
+    later = ("ALTER TABLE videos ADD COLUMN title TEXT", "CREATE TABLE extra (x)")
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, later))
+    again = Store(store.folder)
+    assert again._db.execute("SELECT path, title FROM videos").fetchall() == [("/a", None)]
+    assert again._db.execute("PRAGMA user_version").fetchone() == (2,)
+    assert again.segment_ids().tolist() == [1, 2]
+
+
+def test_a_damaged_vector_is_not_searched(store: Store) -> None:
+    _put(store, "/a", 2)
+    store._db.execute("UPDATE segments SET vector = x'0102' WHERE id = 2")
+    with pytest.raises(ValueError, match="a vector has the wrong size"):
+        store.vectors()
+
+
+def test_reading_all_vectors_is_quick(tmp_path: Path) -> None:
+    Store.create(tmp_path / "big", {"dim": 384})
+    store = Store(tmp_path / "big")
+    vectors = np.random.default_rng(0).normal(size=(3000, 384)).astype(np.float32)
+    store.put_video("/a", STATE, 1.0, [(0.0, 1.0)] * 3000, vectors)
+    start = time.perf_counter()
+    ids, read = store.vectors()
+    assert time.perf_counter() - start < 1  # some 20 ms when nothing else runs
+    np.testing.assert_array_equal(read, vectors)
+    assert len(ids) == 3000
