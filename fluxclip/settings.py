@@ -19,8 +19,7 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Make a class of annotated fields a frozen dataclass that checks types and unknown keys."""
-    made: type[T] = dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
-    return made
+    return dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
 
 
 def parse(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
@@ -57,9 +56,8 @@ def _line(cls: type, details: Any) -> str:
 def _keys(cls: Any, path: list[str]) -> list[str]:
     """Field names of the class that `path` leads to from `cls`."""
     for part in path:
-        if is_dataclass(cls):
-            cls = typing.get_type_hints(cls).get(part)
-        cls = _inner(cls)
+        if is_dataclass(cls) and not part.isdecimal():  # a number is a place in a list
+            cls = _inner(typing.get_type_hints(cls).get(part))
     return [field.name for field in fields(cls)] if is_dataclass(cls) else []
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fluxclip.model.presets import FluxCLIPConfig, PreprocessConfig
 from fluxclip.model.video_tower import VideoTower
+from fluxclip.text.encoder import TextEncoder
 from fluxclip.tokens.selection import check_budget
 
 
@@ -22,7 +23,7 @@ class FluxCLIP(nn.Module):
     no gradients, always in eval mode, left out of the saved weights.
     """
 
-    def __init__(self, config: FluxCLIPConfig, text_encoder: nn.Module) -> None:
+    def __init__(self, config: FluxCLIPConfig, text_encoder: TextEncoder) -> None:
         super().__init__()
         self.config = config
         self.video = VideoTower(config.video)
@@ -31,6 +32,10 @@ class FluxCLIP(nn.Module):
         )
         self.text = text_encoder
         self.text_projection = nn.Linear(text_encoder.width, config.dim)
+        # starts as a rotation (or the nearest thing), so that captions keep the distances that the
+        # text tower learned from far more text than a video set has
+        nn.init.orthogonal_(self.text_projection.weight)
+        nn.init.zeros_(self.text_projection.bias)
         # CLIP's start, temperature 0.07; kept below 100 by clamp_scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if self.text_is_frozen:
@@ -67,8 +72,7 @@ class FluxCLIP(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Captions to ids (B, L) for `encode_text`."""
-        ids_BL: Tensor = self.text.tokenize(texts)
-        return ids_BL
+        return self.text.tokenize(texts)
 
     def num_tokens(self, num_frames: int, side: int) -> int:
         """Tokens of a grid, class token not counted."""

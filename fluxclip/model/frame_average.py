@@ -6,6 +6,7 @@ Shape legend: B clips or captions, T frames, H W pixels, D width of the shared s
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +35,21 @@ class FrameAverage(nn.Module):
                 f"unknown open_clip model {name!r}: `python -c 'import open_clip; "
                 f"print(open_clip.list_models())'` lists the known ones"
             )
-        if pretrained not in open_clip.list_pretrained_tags_by_model(name):
-            if not Path(pretrained).is_file():
-                tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-                raise FileNotFoundError(
-                    f"open_clip:{name}/{pretrained}: no such weights file, and no tag of {name}; "
-                    f"its tags: {tags}"
-                )
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained not in tags and not Path(pretrained).is_file():
+            raise FileNotFoundError(
+                f"open_clip:{name}/{pretrained}: no such weights file, and no tag of {name}; "
+                f"its tags: {', '.join(tags) or 'none'}"
+            )
         try:
             self.clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
         except (RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"open_clip:{name}/{pretrained} does not load: {reason}") from error
         self.tokenize_one = open_clip.get_tokenizer(name)
-        visual = self.clip.visual
-        self.side = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        visual: Any = self.clip.visual
+        size = visual.image_size
+        self.side: int = size if isinstance(size, int) else size[0]
         self.patches_per_frame = _patches(self.clip, self.side)
         settings = visual.preprocess_cfg
         self.preprocess = PreprocessConfig(
@@ -101,20 +102,20 @@ class FrameAverage(nn.Module):
         return F.normalize(self.clip.encode_text(ids_BL).float(), dim=-1)
 
 
-def _patches(clip: nn.Module, side: int) -> int:
+def _patches(clip: Any, side: int) -> int:
     """Patches per frame; for towers without a patch grid (ResNets), their 32-pixel cells."""
     visual = clip.visual
     if hasattr(visual, "grid_size"):
         rows, columns = visual.grid_size
         return int(rows * columns)
-    trunk = getattr(visual, "trunk", None)
-    if hasattr(trunk, "patch_embed") and hasattr(trunk.patch_embed, "num_patches"):
-        return int(trunk.patch_embed.num_patches)
+    embed: Any = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    if hasattr(embed, "num_patches"):
+        return int(embed.num_patches)
     return (side // 32) ** 2
 
 
 @cache
-def _macs_per_frame(clip: nn.Module, side: int) -> int:
+def _macs_per_frame(clip: Any, side: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(clip.parameters()).device

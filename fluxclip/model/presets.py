@@ -92,7 +92,7 @@ class PreprocessConfig:
 
 @settings
 class FluxCLIPConfig:
-    """A whole model: both towers, the width of the shared space, preprocessing, grids of budgets."""
+    """A whole model: towers, width `dim` of the shared space, preprocessing, grids of budgets."""
 
     video: VideoTowerConfig
     grids: GridTable

@@ -35,19 +35,20 @@ class VideoTower(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(c.width))
         self.class_position = nn.Parameter(torch.zeros(c.width))
         rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
-        self.blocks = nn.ModuleList(
+        blocks = [
             Block(
                 c.width, c.heads, mlp_ratio=c.mlp_ratio, gelu=c.gelu,
                 layer_scale=c.layer_scale, drop_path=rate,
             )
             for rate in rates
-        )  # fmt: skip
+        ]  # fmt: skip
+        self.blocks = nn.ModuleList(blocks)
         self.pools = nn.ModuleList(
             AttentionPool(c.width, c.pool_heads, c.pooled) for _ in c.projector_budgets or (0,)
         )
-        self._initialise()
+        self._initialise(blocks)
 
-    def _initialise(self) -> None:
+    def _initialise(self, blocks: list[Block]) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -55,7 +56,7 @@ class VideoTower(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.class_token, std=0.02)
         with torch.no_grad():
-            for depth, block in enumerate(self.blocks, start=1):
+            for depth, block in enumerate(blocks, start=1):
                 for linear in (block.attn.proj, block.mlp.fc2):
                     linear.weight /= math.sqrt(2 * depth)
 

@@ -193,9 +193,7 @@ def _rename_one(name: str) -> str:
     part, _, rest = name.partition(".")
     if part in ("blocks", "clip_projector"):
         index, _, rest = rest.partition(".")
-        table, home = (
-            (_FLUXVIT_BLOCK, "blocks") if part == "blocks" else (_FLUXVIT_POOL, "pools")
-        )
+        table, home = (_FLUXVIT_BLOCK, "blocks") if part == "blocks" else (_FLUXVIT_POOL, "pools")
         return f"tower.{home}.{index}.{_replace_prefix(rest, table)}"
     if part == "final_clip_decoder_for_projs":
         index, _, rest = rest.partition(".")

@@ -42,18 +42,25 @@ class FluxSampling:
         for name, (first, last, stride) in (("frames", self.frames), ("sides", self.sides)):
             if first < 1 or last < first or stride < 1:
                 got = [first, last, stride]
-                raise ValueError(f"flux.{name} is [first, last, stride] with 1 <= first <= last "
-                                 f"and stride >= 1, got {got}")
+                raise ValueError(
+                    f"flux.{name} is [first, last, stride] with 1 <= first <= last "
+                    f"and stride >= 1, got {got}"
+                )
         if self.sides[0] % self.patch or self.sides[2] % self.patch:
-            raise ValueError(f"flux.sides must be multiples of the patch, {self.patch} pixels, "
-                             f"got {list(self.sides)}")
+            raise ValueError(
+                f"flux.sides must be multiples of the patch, {self.patch} pixels, "
+                f"got {list(self.sides)}"
+            )
         if not self.budgets or min(self.budgets) < 1:
-            raise ValueError(f"flux.budgets must be token counts of 1 or more, "
-                             f"got {list(self.budgets)}")
+            raise ValueError(
+                f"flux.budgets must be token counts of 1 or more, got {list(self.budgets)}"
+            )
         if not self.admissible:
-            raise ValueError(f"no grid of flux.frames {list(self.frames)} and flux.sides "
-                             f"{list(self.sides)} has between {self.tokens[0]} and "
-                             f"{self.tokens[1]} tokens: widen flux.tokens")
+            raise ValueError(
+                f"no grid of flux.frames {list(self.frames)} and flux.sides "
+                f"{list(self.sides)} has between {self.tokens[0]} and "
+                f"{self.tokens[1]} tokens: widen flux.tokens"
+            )
 
     def num_tokens(self, num_frames: int, side: int) -> int:
         return -(-num_frames // self.tubelet) * (side // self.patch) ** 2

@@ -42,9 +42,7 @@ def check_budget(budget: int | None) -> None:
 
 
 @torch.no_grad()
-def take(
-    score_BNL: Tensor, mask_BNL: Tensor | None = None, budget: int | None = None
-) -> Selection:
+def take(score_BNL: Tensor, mask_BNL: Tensor | None = None, budget: int | None = None) -> Selection:
     """Keep the min(budget, unmasked) highest-scoring positions of each clip, exactly.
 
     score_BNL: float, any range, higher is kept first; of equal scores the earlier position.

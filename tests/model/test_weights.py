@@ -52,9 +52,7 @@ def test_a_referred_text_tower_is_not_stored(saved: Path) -> None:
     assert "text_projection.weight" in names
 
 
-def test_half_precision_storage_is_close_and_loads_as_fp32(
-    model: FluxCLIP, tmp_path: Path
-) -> None:
+def test_half_precision_storage_is_close_and_loads_as_fp32(model: FluxCLIP, tmp_path: Path) -> None:
     weights.save(model, tmp_path / "half", card="", dtype=torch.float16)
     loaded = weights.load(tmp_path / "half")
     frames = torch.randn(2, 4, 56, 56, 3)
@@ -146,6 +144,4 @@ def test_unknown_models_are_answered_with_the_known(tmp_path: Path) -> None:
 def test_text_features_do_not_depend_on_padding(model: FluxCLIP) -> None:
     alone = model.encode_text(model.tokenize(["a cat"]))
     padded = model.encode_text(model.tokenize(["a cat", "a much longer caption about many dogs"]))
-    np.testing.assert_allclose(
-        alone[0].detach().numpy(), padded[0].detach().numpy(), atol=1e-5
-    )
+    np.testing.assert_allclose(alone[0].detach().numpy(), padded[0].detach().numpy(), atol=1e-5)

@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fluxclip.text.encoder import TextEncoder
 
 
-class HuggingFaceEncoder(nn.Module):
+class HuggingFaceEncoder(TextEncoder):
     """A transformers encoder with the pooling its sentence-transformers files ask for.
 
     Pooling over the last hidden states: "mean" of the caption's tokens (the default) or "cls".
@@ -31,7 +33,7 @@ class HuggingFaceEncoder(nn.Module):
             self.tokenizer = AutoTokenizer.from_pretrained(where)
             self.model = AutoModel.from_pretrained(where, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load text encoder {source!r}: {reason}") from error
         self.width: int = self.model.config.hidden_size
         self.max_tokens = min(max_tokens, self.model.config.max_position_embeddings)

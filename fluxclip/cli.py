@@ -1,0 +1,389 @@
+"""The console command `fluxclip`: one thin function per verb, the work is done elsewhere.
+
+Heavy imports are inside the verbs, so that `fluxclip --help` answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from retrieval import AddReport
+
+app = typer.Typer(
+    help="Train video-text models that run at any token budget, score them, and search with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+index_app = typer.Typer(help="Build and keep a collection of videos.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+
+# results go to standard output, everything said on the way to standard error
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[str, typer.Option(help="folder, run folder, shipped name, hf:// or open_clip:")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per line")]
+Captions = Literal["first", "all", "joined"]
+
+
+def main() -> None:
+    """Run the command; a mistake of the user is one line and exit code 2, Ctrl-C exit code 130."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = app(arguments, standalone_mode=False)
+    except typer.TyperException as error:
+        message = getattr(error, "format_message", error.__str__)()
+        if "\n" in message:  # no arguments: the help
+            err.print(message, markup=False)
+        else:
+            err.print(f"fluxclip: {message} (see fluxclip --help)", markup=False)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("fluxclip: stopped; what was finished is kept")
+        code = 130
+    except BrokenPipeError:
+        # the reader of a pipe, such as head, has gone: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
+        for line in (str(error) or type(error).__name__).splitlines():
+            err.print(f"fluxclip: {line}", markup=False)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fluxclip import __version__
+
+        out.print(f"fluxclip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="print the version and stop"
+        ),
+    ] = False,
+) -> None:
+    """What every verb takes; --debug is read in `main`, before any verb can fail."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a TOML file, such as configs/emoji.toml")],
+    set: Annotated[
+        list[str] | None, typer.Option(help="change a value, as in optimizer.lr=1e-4; repeatable")
+    ] = None,
+) -> None:
+    """Pre-train a model as a recipe says."""
+    from fluxclip.training import recipe as recipes
+    from fluxclip.training.loop import train
+
+    folder = train(recipes.read(recipe, set or ()), console=err)
+    out.print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="annotations: JSON with video and caption")],
+    budgets: Annotated[
+        str, typer.Option(help="token budgets, as in all,256,64; all is every token")
+    ] = "all",
+    captions: Annotated[
+        Captions, typer.Option(help="queries: each video's first caption, all, or all joined")
+    ] = "first",
+    output: Annotated[Path | None, typer.Option(help="folder for record.json, curve.png")] = None,
+) -> None:
+    """Score zero-shot retrieval: R@1/5/10, MRR and ranks, both directions, at token budgets."""
+    from fluxclip import load_model
+    from fluxclip.evaluation import report
+    from fluxclip.evaluation.budgets import evaluate
+    from fluxclip.evaluation.protocols.annotations import read
+
+    wanted = _budgets(budgets)
+    task = read(data, captions=captions)
+    embedder = load_model(model)
+    folder = output or Path("runs") / "eval" / f"{_as_file_name(embedder.name)}-{task.name}"
+    with _progress("embed") as advance:
+        record = evaluate(embedder, task, budgets=wanted, on_progress=advance)
+    report.save_record(record, folder / "record.json")
+    report.plot_curve([record], folder / "curve.png")
+    report.print_table(record, out)
+    out.print(f"record: {folder / 'record.json'}\nplot: {folder / 'curve.png'}")
+
+
+@app.command()
+def embed(
+    files: Annotated[list[str], typer.Argument(help="video or image files")],
+    model: Model,
+    output: Annotated[Path, typer.Option(help="where the vectors go: an .npz file")],
+    token_budget: Annotated[int | None, typer.Option(help="tokens per clip")] = None,
+) -> None:
+    """Write unit vectors of videos: arrays `vectors` (N, dim) and `files`, and the fingerprint."""
+    import numpy as np
+
+    from fluxclip import load_model
+
+    if output.suffix != ".npz":
+        raise ValueError(f"--output must end in .npz, got {output}")
+    embedder = load_model(model)
+    vectors = embedder.embed_video(files, token_budget=token_budget)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(output, vectors=vectors, files=files, fingerprint=embedder.fingerprint)
+    out.print(f"{output}: {len(files)} vectors of {embedder.dim} from {embedder.name}")
+
+
+@index_app.command("create")
+def index_create(
+    collection: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+    model: Model,
+    token_budget: Annotated[int | None, typer.Option(help="tokens per segment")] = None,
+    window_s: Annotated[
+        float, typer.Option(help="longer videos are cut into windows of so many seconds")
+    ] = 10.0,
+) -> None:
+    """Make an empty collection for the vectors of one model."""
+    from retrieval import Collection
+
+    with Collection.create(
+        collection, model=model, token_budget=token_budget, window_s=window_s
+    ) as made:
+        info = made.info()
+    out.print(
+        f"{collection}: an empty collection for {info['model_name']}, {info['dim']} numbers "
+        f"a segment"
+    )
+
+
+@index_app.command("add")
+def index_add(
+    collection: Path,
+    paths: Annotated[list[str], typer.Argument(help="files, folders, patterns")],
+    meta: Annotated[
+        list[str] | None, typer.Option(help="metadata of these videos, key=value; repeatable")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Add videos and images; what is there already and unchanged is skipped."""
+    from retrieval import Collection
+
+    metadata = _key_values(meta or [], "--meta")
+    with Collection.open(collection) as opened, _progress("add") as advance:
+        report = opened.add(
+            paths, metadata=metadata,
+            progress=lambda done, total, path: advance(done, total),
+        )  # fmt: skip
+        segments = len(opened)
+    if json:
+        _print_json(
+            {
+                "added": report.added,
+                "skipped": report.skipped,
+                "failed": report.failed,
+                "segments": segments,
+            }
+        )
+    else:
+        out.print(
+            f"{collection}: {report.added} added, {report.skipped} skipped, "
+            f"{len(report.failed)} failed; {segments} segments now"
+        )
+    _report_failures(report)
+
+
+@index_app.command("remove")
+def index_remove(
+    collection: Path, videos: Annotated[list[str], typer.Argument(help="paths as added")]
+) -> None:
+    """Remove videos from a collection; the files themselves stay."""
+    from retrieval import Collection
+
+    with Collection.open(collection) as opened:
+        for video in videos:
+            removed = opened.remove(video=video)
+            out.print(f"{video}: {removed} segments removed", markup=False)
+
+
+@index_app.command("info")
+def index_info(collection: Path, json: AsJson = False) -> None:
+    """Say what a collection holds and which model made it."""
+    from retrieval import Collection
+
+    with Collection.open(collection) as opened:
+        info = opened.info()
+    if json:
+        _print_json(info)
+        return
+    for key, value in info.items():
+        out.print(f"{key}: {value}", markup=False)
+
+
+@index_app.command("check")
+def index_check(collection: Path) -> None:
+    """Verify a collection and repair its index; exit code 2 if something cannot be mended."""
+    from retrieval import Collection
+
+    with Collection.open(collection) as opened:
+        found = opened.check()
+    for kind in ("problems", "fixed", "missing_files"):
+        for line in getattr(found, kind):
+            out.print(f"{kind.replace('_', ' ')}: {line}", markup=False)
+    if found.problems:
+        raise typer.Exit(2)
+    out.print(f"{collection} is sound")
+
+
+@index_app.command("rebuild")
+def index_rebuild(
+    collection: Path,
+    index: Annotated[str | None, typer.Option(help="a FAISS factory string, such as Flat")] = None,
+) -> None:
+    """Make the index anew from what is stored."""
+    from retrieval import Collection
+
+    with Collection.open(collection) as opened:
+        opened.rebuild(index=index)
+        out.print(f"{collection}: {opened.info()['index']} index of {len(opened)} segments")
+
+
+@app.command()
+def search(
+    collection: Path,
+    text: Annotated[str | None, typer.Argument(help="what to look for")] = None,
+    video: Annotated[str | None, typer.Option(help="look for what is like this video")] = None,
+    image: Annotated[str | None, typer.Option(help="look for what is like this picture")] = None,
+    k: Annotated[int, typer.Option("-k", help="hits")] = 10,
+    where: Annotated[
+        list[str] | None, typer.Option(help="only with this metadata, key=value; repeatable")
+    ] = None,
+    group_by: Annotated[
+        Literal["video"] | None, typer.Option(help="video: the best segment of each only")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Find the moments that answer a sentence, a video or a picture."""
+    from retrieval import Collection
+
+    conditions = _key_values(where or [], "--where")
+    with Collection.open(collection) as opened:
+        hits = opened.search(
+            text, video=video, image=image, k=k, where=conditions or None, group_by=group_by
+        )
+        size = len(opened)
+    if json:
+        for hit in hits:
+            _print_json(hit.to_dict())
+    for place, hit in enumerate([] if json else hits, start=1):
+        span = f"{hit.start_s:7.2f} - {hit.end_s:7.2f} s"
+        out.print(f"{place:3d}  {hit.score:.3f}  {span}  {hit.video}", markup=False)
+    if len(hits) < k:
+        what = "that match" if conditions else f"in a collection of {size} segments"
+        err.print(f"note: {len(hits)} hits {what}; {k} were asked for")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train, score, index and search on real clips in a few minutes, and write a report."""
+    from fluxclip.demo import run
+
+    report = run(output, console=err)
+    out.print(f"report: {report}")
+
+
+@app.command()
+def doctor(json: AsJson = False) -> None:
+    """Say what is installed, what it can do, and what is missing for what."""
+    from fluxclip.doctor import findings
+
+    found = findings()
+    if json:
+        _print_json(found)
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        out.print(f"{name:{width}}  {value}", markup=False)
+
+
+def _budgets(text: str) -> list[int | None]:
+    budgets: list[int | None] = []
+    for part in text.split(","):
+        word = part.strip()
+        if word == "all":
+            budgets.append(None)
+        elif word.isdecimal() and int(word) > 0:
+            budgets.append(int(word))
+        else:
+            raise ValueError(f"--budgets takes token counts of 1 or more, or all, got {word!r}")
+    return budgets
+
+
+def _key_values(pairs: list[str], option: str) -> dict[str, str | int | float | bool]:
+    """key=value pairs; a value that reads as a JSON number or true/false is one."""
+    values: dict[str, str | int | float | bool] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{option} takes key=value, got {pair!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        values[key] = value if isinstance(value, (str, int, float, bool)) else text
+    return values
+
+
+def _report_failures(report: "AddReport") -> None:
+    """List what could not be added; exit code 2 if it was named directly."""
+    for path, reason in report.failed.items():
+        line = reason if path in reason else f"{path}: {reason}"
+        err.print(f"fluxclip: not added: {line}", markup=False)
+    if report.named_failed:
+        raise typer.Exit(2)
+
+
+def _as_file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Any]:
+    """A bar on a terminal's standard error; yields `advance(done, total)`."""
+    bar = Progress(
+        TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=err, transient=True, disable=not err.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task(verb, total=None)
+    with bar:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

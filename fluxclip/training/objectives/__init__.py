@@ -1,0 +1,1 @@
+"""Objectives: one file each turns features of a batch into a loss."""

@@ -1,0 +1,241 @@
+"""A training recipe: TOML in, checked settings out. Unknown keys are refused with the nearest one.
+
+Paths to data are relative to the recipe's folder, `output` to the folder the command runs in.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fluxclip.model.presets import (
+    FluxCLIPConfig,
+    PreprocessConfig,
+    TextConfig,
+    VideoTowerConfig,
+    preset,
+)
+from fluxclip.settings import parse, settings
+from fluxclip.tokens.budget import FluxSampling, GridTable
+
+
+@settings
+class ModelRecipe:
+    """preset: tiny, small or base; dim: width of the shared space; the rest changes the preset."""
+
+    preset: str = "tiny"
+    dim: int = 256
+    drop_path: float = 0.0
+    scorer: str = "group_dynamic"
+    gelu: Literal["tanh", "erf"] = "tanh"
+    fit: Literal["crop", "squash"] = "crop"
+
+
+@settings
+class FluxRecipe:
+    """Flux sampling (see FluxSampling), and the weight of aligning smaller budgets to the largest.
+
+    frames, sides: [first, last, stride]; tokens: [least, most] before selection; budgets: tokens
+    kept per view. grids: rows [token_budget, num_frames, side], what the trained model uses for a
+    budget; the first row is also its default without one.
+    """
+
+    frames: tuple[int, int, int]
+    sides: tuple[int, int, int]
+    tokens: tuple[int, int]
+    budgets: tuple[int, ...]
+    grids: tuple[tuple[int, int, int], ...]
+    align: float = 1.0
+
+
+@settings
+class SourceRecipe:
+    """A file of annotations, and how many of its pairs are in each step.
+
+    cache_frames: 0 decodes a clip each time it is used; n keeps n frames of every clip in memory,
+    `cache_side` pixels square (small sets only). captions: "one" draws one of a record's captions,
+    "first" always takes the first.
+    """
+
+    annotations: str
+    batch: int
+    captions: Literal["one", "first"] = "one"
+    cache_frames: int = 0
+    cache_side: int = 128
+
+
+@settings
+class AugmentRecipe:
+    """One crop per clip: its share of the picture's area and range of aspect; flips left-right.
+
+    Captions that say left or right are never flipped. vary_time draws each frame within its part
+    of the clip instead of at its middle.
+    """
+
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    crop_aspect: tuple[float, float] = (0.75, 1.333)
+    flip: bool = True
+    vary_time: bool = True
+
+
+@settings
+class OptimizerRecipe:
+    """AdamW, linear warm-up, cosine to final_lr * lr; the gradient norm is cut at clip_norm."""
+
+    steps: int
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    final_lr: float = 0.01
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"steps must be 1 or more and warmup_steps below it, got steps={self.steps}, "
+                f"warmup_steps={self.warmup_steps}"
+            )
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+
+
+@settings
+class ValidationRecipe:
+    """The set the best model is chosen by, `every` so many steps: mean MRR of both directions."""
+
+    annotations: str
+    every: int = 200
+    captions: Literal["first", "all", "joined"] = "first"
+
+
+@settings
+class Recipe:
+    """A whole run. output: the run folder. precision: "auto" is bf16 on a GPU, fp32 on a CPU.
+
+    save_as: number type of the weights in the model folders. workers: processes that decode.
+    """
+
+    output: str
+    flux: FluxRecipe
+    optimizer: OptimizerRecipe
+    data: tuple[SourceRecipe, ...]
+    validation: ValidationRecipe
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    text: TextConfig = field(default_factory=TextConfig)
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    objective: str = "contrastive"
+    seed: int = 0
+    workers: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    save_as: Literal["fp32", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("a recipe needs at least one [[data]] section")
+        if any(source.batch < 1 for source in self.data):
+            raise ValueError("data.batch must be 1 or more")
+        # made once here, so that mistakes show before any step is spent
+        self.sampling()
+        self.model_config()
+
+    def video_tower(self) -> VideoTowerConfig:
+        m = self.model
+        return preset(m.preset, drop_path=m.drop_path, scorer=m.scorer, gelu=m.gelu)
+
+    def sampling(self) -> FluxSampling:
+        f, tower = self.flux, self.video_tower()
+        return FluxSampling(
+            frames=f.frames, sides=f.sides, tokens=f.tokens, budgets=f.budgets,
+            patch=tower.patch, tubelet=tower.tubelet,
+        )  # fmt: skip
+
+    def model_config(self) -> FluxCLIPConfig:
+        rows = self.flux.grids
+        if not rows:
+            raise ValueError("flux.grids needs at least one row [token_budget, frames, side]")
+        return FluxCLIPConfig(
+            video=self.video_tower(),
+            grids=GridTable(default=rows[0][1:], rows=rows),
+            text=self.text,
+            preprocess=PreprocessConfig(fit=self.model.fit),
+            dim=self.model.dim,
+        )
+
+
+def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, with changes such as "optimizer.lr=1e-4" applied, checked.
+
+    Raises FileNotFoundError, or ValueError with one line per mistake.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {path}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
+    for change in changes:
+        _apply(values, change)
+    for section in [*_sections(values.get("data")), *_sections(values.get("validation"))]:
+        if isinstance(section.get("annotations"), str):
+            section["annotations"] = str((path.parent / section["annotations"]).resolve())
+    return parse(Recipe, values, source=str(path))
+
+
+def _sections(value: Any) -> list[dict[str, Any]]:
+    sections = value if isinstance(value, list) else [value]
+    return [section for section in sections if isinstance(section, dict)]
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    """Apply "a.b=value"; the value is read as TOML, or taken as a string if it is none."""
+    name, equals, text = change.partition("=")
+    if not equals or not name:
+        raise ValueError(f"a change looks like optimizer.lr=1e-4, got {change!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = name.strip().split(".")
+    here: Any = values
+    for i, parent in enumerate(parents):
+        if isinstance(here, list):
+            if not parent.isdecimal() or int(parent) >= len(here):
+                path = ".".join(parents[:i])
+                raise ValueError(
+                    f"cannot set {name!r}: {path} is a list of {len(here)}, write its number, "
+                    f"as in {path}.0"
+                )
+            here = here[int(parent)]
+        else:
+            here = here.setdefault(parent, {})
+    if not isinstance(here, dict):
+        raise ValueError(f"cannot set {name!r}: {'.'.join(parents)!r} is no section")
+    here[last] = value
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML with every default written out, so that the run can be repeated."""
+
+    def value(x: Any) -> str:
+        # TOML's numbers, booleans, lists and basic strings are written as JSON writes them
+        return json.dumps(x, ensure_ascii=False)
+
+    values = asdict(recipe)
+    lines = [f"{k} = {value(v)}" for k, v in values.items() if not _is_section(v)]
+    for name, section in values.items():
+        if _is_section(section):
+            tables = [section] if isinstance(section, dict) else section
+            header = f"[{name}]" if isinstance(section, dict) else f"[[{name}]]"
+            for table in tables:
+                lines += ["", header, *(f"{k} = {value(v)}" for k, v in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _is_section(x: Any) -> bool:
+    return isinstance(x, dict) or (
+        isinstance(x, (list, tuple)) and bool(x) and isinstance(x[0], dict)
+    )

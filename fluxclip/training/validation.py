@@ -1,0 +1,28 @@
+"""The score that the best model of a run is chosen by."""
+
+from fluxclip.embedder import Embedder
+from fluxclip.evaluation.protocols.annotations import read
+from fluxclip.evaluation.ranking import retrieval_ranks
+from fluxclip.model.fluxclip import FluxCLIP
+from fluxclip.training.recipe import ValidationRecipe
+
+
+class Validation:
+    """Retrieval on a validation set at the model's default grid, all tokens.
+
+    Its files are checked when this is made, so that a mistake shows before any step is spent.
+    """
+
+    def __init__(self, recipe: ValidationRecipe) -> None:
+        self.task = read(recipe.annotations, captions=recipe.captions)
+
+    def score(self, model: FluxCLIP) -> dict[str, float]:
+        """Mean reciprocal rank of both directions and their mean, 0-100. Leaves train mode on."""
+        embedder = Embedder(model, name="validation", device=str(next(model.parameters()).device))
+        video_ND = embedder.embed_video(self.task.videos)
+        text_MD = embedder.embed_text(self.task.texts)
+        found = retrieval_ranks(video_ND, text_MD, self.task.video_of_text_M)
+        model.train()
+        t2v = 100 * float(found.text_to_video.reciprocal_Q().mean())
+        v2t = 100 * float(found.video_to_text.reciprocal_Q().mean())
+        return {"val_mrr_t2v": t2v, "val_mrr_v2t": v2t, "val_mrr": (t2v + v2t) / 2}

@@ -1,0 +1,262 @@
+"""The console command as a user types it: what works, and what mistakes answer."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLUXCLIP = Path(sys.executable).parent / "fluxclip"
+
+
+def fluxclip(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(FLUXCLIP), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def refused(*arguments: object, cwd: Path | None = None) -> str:
+    """The one line that a mistake answers, with exit code 2 and no traceback."""
+    done = fluxclip(*arguments, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fluxclip: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory, emoji: Path) -> Path:
+    """A folder of six clips and a still."""
+    folder = tmp_path_factory.mktemp("few")
+    for path in sorted((emoji / "clips").iterdir())[:6]:
+        shutil.copy(path, folder)
+    shutil.copy(emoji / "stills" / "00a9-fe0f.webp", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory: pytest.TempPathFactory, few: Path) -> Path:
+    folder = tmp_path_factory.mktemp("collections") / "few"
+    assert fluxclip("index", "create", folder, "--model", "emoji-tiny").returncode == 0
+    done = fluxclip("index", "add", folder, few, "--meta", "camera=north", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"added": 7, "skipped": 0, "failed": {}, "segments": 7}
+    return folder
+
+
+@pytest.fixture
+def own_collection(collection: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(collection, tmp_path / "own"))
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from fluxclip import cli\n"
+        "for arguments in (['--help'], ['train', '--help'], ['--version']):\n"
+        "    sys.argv = ['fluxclip', *arguments]\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        cli.main()\n"
+        "heavy = {'torch', 'faiss', 'transformers', 'av', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Train video-text models" in done.stdout
+
+
+def test_search_by_text_video_and_picture(collection: Path, few: Path) -> None:
+    done = fluxclip("search", collection, "a cyclone", "-k", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    hits = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(hits) == 3
+    assert set(hits[0]) == {"id", "video", "start_s", "end_s", "score", "metadata"}
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    assert hits[0]["metadata"] == {"camera": "north"}
+    for option, name in (("--video", sorted(few.glob("*.mp4"))[2].name),
+                         ("--image", "00a9-fe0f.webp")):  # fmt: skip
+        done = fluxclip("search", collection, option, few / name, "-k", 1)
+        assert done.stdout.rstrip().endswith(name)
+        assert " 1.000 " in done.stdout
+
+
+def test_more_hits_than_there_are_is_said(collection: Path) -> None:
+    done = fluxclip("search", collection, "anything", "-k", 100, "--json")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 7
+    assert "note: 7 hits" in done.stderr
+
+
+def test_info_check_and_rebuild(own_collection: Path) -> None:
+    info = json.loads(fluxclip("index", "info", own_collection, "--json").stdout)
+    assert info["segments"] == 7
+    assert info["model_name"] == "emoji-tiny"
+    assert fluxclip("index", "check", own_collection).stdout.rstrip().endswith("is sound")
+    (own_collection / "index.faiss").write_bytes(b"junk")
+    assert "fixed: " in fluxclip("index", "check", own_collection).stdout
+    assert "Flat index of 7 segments" in fluxclip("index", "rebuild", own_collection).stdout
+
+
+def test_adding_again_adds_nothing_and_removing_is_exact(own_collection: Path, few: Path) -> None:
+    again = json.loads(fluxclip("index", "add", own_collection, few, "--json").stdout)
+    assert again == {"added": 0, "skipped": 7, "failed": {}, "segments": 7}
+    one = sorted(few.glob("*.mp4"))[0]
+    assert fluxclip("index", "remove", own_collection, one).returncode == 0
+    assert "holds no video" in refused("index", "remove", own_collection, one)
+    done = fluxclip("search", own_collection, "anything", "-k", 100, "--json")
+    assert one.name not in done.stdout
+
+
+def test_bad_videos_named_are_exit_2_and_the_good_ones_stay(
+    own_collection: Path, few: Path, tmp_path: Path, emoji: Path
+) -> None:
+    bad = broken_videos(tmp_path, few)
+    good = sorted((emoji / "clips").iterdir())[10]
+    done = fluxclip("index", "add", own_collection, *bad, tmp_path / "gone.mp4", good)
+    assert done.returncode == 2
+    assert "1 added, 0 skipped, 4 failed" in done.stdout
+    for path in (*bad, tmp_path / "gone.mp4"):
+        line = next(line for line in done.stderr.splitlines() if path.name in line)
+        assert line.startswith("fluxclip: not added: ")
+    assert json.loads(fluxclip("index", "info", own_collection, "--json").stdout)["segments"] == 8
+
+
+def test_bad_videos_in_a_folder_are_listed_and_exit_0(
+    own_collection: Path, few: Path, tmp_path: Path, emoji: Path
+) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    bad = broken_videos(folder, few)
+    shutil.copy(sorted((emoji / "clips").iterdir())[11], folder)
+    done = fluxclip("index", "add", own_collection, folder)
+    assert done.returncode == 0
+    assert "1 added, 0 skipped, 3 failed" in done.stdout
+    assert all(path.name in done.stderr for path in bad)
+
+
+def broken_videos(folder: Path, few: Path) -> list[Path]:
+    """A text file, nothing at all, and half a video, each called .mp4."""
+    text, empty, half = (folder / f"{name}.mp4" for name in ("text", "empty", "half"))
+    text.write_text("this is no video\n" * 100)
+    empty.touch()
+    whole = sorted(few.glob("*.mp4"))[0].read_bytes()
+    half.write_bytes(whole[: len(whole) // 2])
+    return [text, empty, half]
+
+
+def test_embed_writes_unit_vectors(few: Path, tmp_path: Path) -> None:
+    files = sorted(few.glob("*.mp4"))
+    out = tmp_path / "new" / "vectors.npz"
+    done = fluxclip("embed", *files, "--model", "emoji-tiny", "--output", out,
+                    "--token-budget", 64)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as arrays:
+        assert arrays["files"].tolist() == [str(path) for path in files]
+        np.testing.assert_allclose(np.linalg.norm(arrays["vectors"], axis=1), 1, atol=1e-5)
+    assert "must end in .npz" in refused(
+        "embed", files[0], "--model", "emoji-tiny", "--output", tmp_path / "x.npy"
+    )
+
+
+def test_eval_writes_record_table_and_plot(emoji: Path, tmp_path: Path) -> None:
+    records = json.loads((emoji / "val.json").read_text())[:12]
+    for record in records:
+        record["video"] = str(emoji / record["video"])
+    data = tmp_path / "twelve.json"
+    data.write_text(json.dumps(records))
+    done = fluxclip("eval", "--model", "emoji-tiny", "--data", data, "--budgets", "all,32",
+                    "--output", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [result["token_budget"] for result in record["results"]] == [None, 32]
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    cosine, dual = done.stdout.index("cosine"), done.stdout.lower().index("dual softmax")
+    assert cosine < dual
+
+
+def test_doctor_says_what_is_there() -> None:
+    found = json.loads(fluxclip("doctor", "--json").stdout)
+    assert found["faiss"].startswith("faiss-")
+    assert "pyav" in found["video decoder"]
+    assert "emoji-tiny" in found["shipped models"]
+    assert found["gpu"]
+
+
+def test_mistakes_about_models(few: Path, tmp_path: Path, assets: Path) -> None:
+    clip = sorted(few.glob("*.mp4"))[0]
+
+    def embed(model: object) -> str:
+        return refused("embed", clip, "--model", model, "--output", tmp_path / "v.npz")
+
+    assert "unknown model 'emoji-huge'" in embed("emoji-huge")
+    assert "emoji-tiny" in embed("emoji-huge")
+    folder = shutil.copytree(assets / "models" / "emoji-tiny", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dimm": 3}))
+    assert "unknown key 'dimm'; did you mean 'dim'?" in embed(folder)
+    del config["dim"]
+    config["video"].pop("width")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "missing key 'video.width'" in embed(folder)
+
+
+def test_mistakes_about_collections(collection: Path, tmp_path: Path, few: Path) -> None:
+    assert "exists" in refused("index", "create", collection, "--model", "emoji-tiny")
+    assert "create it first" in refused("index", "info", tmp_path / "none")
+    assert "not a collection" in refused("index", "info", few)
+    assert "query" in refused("search", collection, "  ")
+    assert "query" in refused("search", collection)
+    assert "1 or more" in refused("search", collection, "a cat", "-k", 0)
+    assert "key=value" in refused("search", collection, "a cat", "--where", "camera")
+    assert "no such file" in refused("search", collection, "--video", tmp_path / "gone.mp4")
+    assert "token budget" in refused(
+        "index", "create", tmp_path / "c", "--model", "emoji-tiny", "--token-budget", 0
+    )
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_collection_of_another_model_is_refused(own_collection: Path, assets: Path) -> None:
+    import sqlite3
+    from contextlib import closing
+
+    with closing(sqlite3.connect(own_collection / "collection.sqlite")) as database, database:
+        before = database.execute("SELECT value FROM settings WHERE key = 'fingerprint'").fetchone()
+        changed = before[0].replace(before[0].strip('"')[:6], "0ther0")
+        database.execute("UPDATE settings SET value = ? WHERE key = 'fingerprint'", (changed,))
+    line = refused("search", own_collection, "a cat")
+    assert "collection 'own' was built by emoji-tiny@0ther0; this model is emoji-tiny@" in line
+
+
+def test_mistakes_about_recipes_and_data(tmp_path: Path, emoji: Path) -> None:
+    recipe = ROOT / "configs" / "emoji.toml"
+    assert "no recipe" in refused("train", "gone.toml")
+    wrong = refused("train", recipe, "--set", "optimizer.learning_rte=1")
+    assert "unknown key 'optimizer.learning_rte'" in wrong
+    assert "number" in refused("train", recipe, "--set", 'optimizer.lr="fast"')
+    gone = refused("train", recipe, "--set", f"data.0.annotations={tmp_path}/gone.json")
+    assert "gone.json" in gone
+    assert "not found" in refused("eval", "--model", "emoji-tiny", "--data", tmp_path / "no.json")
+    (tmp_path / "bad.json").write_text("[1")
+    assert "is not JSON" in refused(
+        "eval", "--model", "emoji-tiny", "--data", tmp_path / "bad.json"
+    )
+    assert "--budgets takes token counts" in refused(
+        "eval", "--model", "emoji-tiny", "--data", emoji / "val.json", "--budgets", "all,0"
+    )
+
+
+def test_usage_mistakes_are_one_line_too() -> None:
+    assert "No such option: --bogus" in refused("train", "--bogus", "x")
+    assert "Missing option" in refused("eval")
+    assert "No such command" in refused("trian")
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = fluxclip("--debug", "train", "gone.toml")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

@@ -1,0 +1,107 @@
+"""Recipes: what is read, what is refused and how, and that they can be written and read again."""
+
+from pathlib import Path
+
+import pytest
+
+from fluxclip.training import recipe as recipes
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+SMALL = """
+output = "runs/x"
+[flux]
+frames = [2, 4, 2]
+sides = [28, 56, 28]
+tokens = [4, 64]
+budgets = [16, 8]
+grids = [[64, 4, 56]]
+[optimizer]
+steps = 10
+warmup_steps = 2
+[[data]]
+annotations = "a.json"
+batch = 4
+[validation]
+annotations = "b.json"
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_right(config: Path) -> None:
+    recipe = recipes.read(config)
+    files = [*(source.annotations for source in recipe.data), recipe.validation.annotations]
+    assert all(Path(file).is_file() for file in files)
+    assert not any("test" in Path(file).name for file in files)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_the_resolved_recipe_reads_as_the_same(config: Path, tmp_path: Path) -> None:
+    recipe = recipes.read(config)
+    copy = tmp_path / "resolved.toml"
+    copy.write_text(recipes.to_toml(recipe))
+    assert recipes.read(copy) == recipe
+
+
+def test_data_paths_count_from_the_recipe_s_folder(path: Path) -> None:
+    recipe = recipes.read(path)
+    assert recipe.data[0].annotations == str(path.parent / "a.json")
+    assert recipe.output == "runs/x"
+
+
+def test_changes_are_applied_and_typed(path: Path) -> None:
+    changes = ["optimizer.lr=3e-4", "data.0.batch=7", "output=runs/other", "flux.budgets=[8]"]
+    recipe = recipes.read(path, changes)
+    assert recipe.optimizer.lr == 3e-4
+    assert recipe.data[0].batch == 7
+    assert recipe.output == "runs/other"
+    assert recipe.flux.budgets == (8,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.learning_rate=1", "unknown key 'optimizer.learning_rate'"),
+        ("optimizer.warmup_step=1", "did you mean 'optimizer.warmup_steps'?"),
+        ("flux.budget=[1]", "did you mean 'flux.budgets'?"),
+        ("data.0.bach=3", r"did you mean 'data\.0\.batch'\?"),
+        ("seeds=1", "did you mean 'seed'?"),
+        ("optimizer.steps=many", "optimizer.steps: .*integer.*got 'many'"),
+        ("optimizer.steps=2.5", "optimizer.steps: .*integer"),
+        ("optimizer.lr=[1]", "optimizer.lr: .*number"),
+        ("optimizer.lr=-1", "lr must be above 0"),
+        ("precision=fp8", "precision: .*'fp32'.*got 'fp8'"),
+        ("model.preset=huge", "unknown preset 'huge'"),
+        ("flux.budgets=[0]", "flux.budgets must be token counts of 1 or more"),
+        ("flux.tokens=[1, 2]", "widen flux.tokens"),
+        ("data=[]", r"at least one \[\[data\]\]"),
+        ("optimizer.warmup_steps=99", "warmup_steps below it"),
+        ("nonsense", "looks like optimizer.lr=1e-4"),
+        ("data.x.batch=1", "data is a list of 1, write its number"),
+        ("data.9.batch=1", "data is a list of 1, write its number"),
+        ("seed.x=1", "is no section"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(path: Path, change: str, message: str) -> None:
+    if change == "seed.x=1":
+        path.write_text("seed = 1\n" + SMALL)
+    with pytest.raises(ValueError, match=message) as error:
+        recipes.read(path, [change])
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no recipe .*gone\.toml"):
+        recipes.read(tmp_path / "gone.toml")
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(ValueError, match=r"bad\.toml is no TOML: .*line 1"):
+        recipes.read(tmp_path / "bad.toml")
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(ValueError, match="missing key 'output'"):
+        recipes.read(tmp_path / "empty.toml")
