@@ -78,11 +78,11 @@ def run(output: Path, *, console: Console) -> Path:
         added = collection.add([str(video) for video in task.videos])
         console.print(f"{added.added} clips indexed in {output / 'collection'}")
         console.rule("4 of 4: search")
-        answers = [_answer(collection, query, task) for query in QUERIES]
-    for answer in answers:
+        shown = answers(collection, task)
+    for answer in shown:
         hits = ", ".join(hit.caption for hit in answer.hits)
         console.print(f"[bold]{answer.query}[/bold]: {hits} ({answer.verdict()})")
-    page.contact_sheet(answers, output / "hits.png")
+    page.contact_sheet(shown, output / "hits.png")
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     seconds = json.loads(lines[-1])["seconds"]
     parameters = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
@@ -103,9 +103,14 @@ def run(output: Path, *, console: Console) -> Path:
         ),
         caveat=CAVEAT,
         record=record,
-        queries=answers,
+        queries=shown,
     )
     return output / "report.html"
+
+
+def answers(collection: Collection, task: RetrievalTask) -> list[page.QueryHits]:
+    """What a collection of the task's videos answers to the demo's queries, with pictures."""
+    return [_answer(collection, query, task) for query in QUERIES]
 
 
 def _answer(collection: Collection, query: str, task: RetrievalTask) -> page.QueryHits:

@@ -1,0 +1,67 @@
+"""Single images as clips of one frame.
+
+Pillow reads them, not a video decoder: it knows EXIF orientation, palettes and transparency, and
+reads WebP in every build, which FFmpeg's builds do not all. It is not a file of `decoders/` because
+what stands there reads videos.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fluxclip.video.clip import Clip, VideoError, VideoInfo
+from fluxclip.video.framing import Framing, pixel_span
+
+
+def probe_still(path: Path) -> VideoInfo:
+    """What is known of an image; its width and height are those of the upright picture."""
+    with _opened(path) as image:
+        width, height = image.size
+    return VideoInfo(path, 0.0, num_frames=1, width=width, height=height, fps=0.0, is_image=True)
+
+
+def read_still(path: Path, framing: Framing) -> Clip:
+    """An image as a clip of one frame at time 0.
+
+    Orientation (EXIF) is applied, transparency laid over white, resizing is bicubic with the kernel
+    widened when the picture shrinks. Of an animated image the first picture is taken. Raises
+    VideoError for what is no readable image.
+    """
+    with _opened(path) as image:
+        picture = _rgb(image)
+        width, height = picture.size
+        top, left, bottom, right = framing.box(width, height)
+        if framing.side is None:
+            (y0, y1), (x0, x1) = pixel_span(top, bottom, height), pixel_span(left, right, width)
+            picture = picture.crop((x0, y0, x1, y1))
+        else:
+            picture = picture.resize(
+                (framing.side, framing.side),
+                Image.Resampling.BICUBIC,
+                box=(left * width, top * height, right * width, bottom * height),
+            )
+        return Clip(np.array(picture)[None], np.zeros(1))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The upright image; whatever goes wrong inside is a VideoError."""
+    try:
+        with Image.open(path) as image:
+            yield ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise VideoError(path, "not an image that Pillow can read") from error
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        raise VideoError(path, f"a damaged image ({error})") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 255: nearly all white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
