@@ -53,7 +53,7 @@ class Embedder:
 
     @property
     def logit_scale(self) -> float:
-        return float(self.model.logit_scale)
+        return float(self.model.logit_scale.detach())
 
     def num_tokens(self, num_frames: int, side: int) -> int:
         """Tokens of a grid, class token not counted."""

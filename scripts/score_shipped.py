@@ -33,10 +33,12 @@ def main() -> None:
     report.save_record(record, Path("benchmarks") / f"{model.name}.json")
     Path("docs").mkdir(exist_ok=True)
     report.plot_curve([record], Path("docs/curve.png"))
-    with tempfile.TemporaryDirectory() as folder:
-        with Collection.create(Path(folder) / "test-clips", model=model) as collection:
-            collection.add([str(video) for video in task.videos])
-            page.contact_sheet(answers(collection, task), Path("docs/hits.png"))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Collection.create(Path(folder) / "test-clips", model=model) as collection,
+    ):
+        collection.add([str(video) for video in task.videos])
+        page.contact_sheet(answers(collection, task), Path("docs/hits.png"))
 
 
 if __name__ == "__main__":

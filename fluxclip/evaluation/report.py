@@ -186,7 +186,7 @@ def cost_cells(result: BudgetResult, num_videos: int) -> list[str]:
 
 def _table(title: str, heads: Sequence[str]) -> Table:
     """A table with right-aligned columns."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(head, justify="right")
     return table

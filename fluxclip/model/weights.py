@@ -48,6 +48,8 @@ def save(
     _replace(folder / "config.json", json.dumps(config, indent=2) + "\n")
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial)
+    # safetensors writes files that only their owner may read
+    partial.chmod((folder / "config.json").stat().st_mode)
     partial.replace(folder / "model.safetensors")
     _replace(folder / "README.md", card)
 
