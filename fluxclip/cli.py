@@ -5,8 +5,9 @@ Heavy imports are inside the verbs, so that `fluxclip --help` answers at once.
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,8 +30,9 @@ index_app = typer.Typer(help="Build and keep a collection of videos.", no_args_i
 app.add_typer(index_app, name="index")
 
 # results go to standard output, everything said on the way to standard error
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# and names of files are printed as they are, whatever brackets and colons are in them
+out = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Option(help="folder, run folder, shipped name, hf:// or open_clip:")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per line")]
@@ -46,9 +48,9 @@ def main() -> None:
     except typer.TyperException as error:
         message = getattr(error, "format_message", error.__str__)()
         if "\n" in message:  # no arguments: the help
-            err.print(message, markup=False)
+            err.print(message)
         else:
-            err.print(f"fluxclip: {message} (see fluxclip --help)", markup=False)
+            err.print(f"fluxclip: {message} (see fluxclip --help)")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         err.print("fluxclip: stopped; what was finished is kept")
@@ -61,7 +63,13 @@ def main() -> None:
         if debug:
             raise
         for line in (str(error) or type(error).__name__).splitlines():
-            err.print(f"fluxclip: {line}", markup=False)
+            err.print(f"fluxclip: {line}")
+        code = 2
+    except Exception as error:  # ours, not the user's
+        if debug:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        err.print(f"fluxclip: internal error: {reason}; please report it with --debug's traceback")
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -98,7 +106,8 @@ def train(
     from fluxclip.training import recipe as recipes
     from fluxclip.training.loop import train
 
-    folder = train(recipes.read(recipe, set or ()), console=err)
+    command = shlex.join(["fluxclip", *sys.argv[1:]])
+    folder = train(recipes.read(recipe, set or ()), console=err, command=command)
     out.print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
 
 
@@ -122,13 +131,14 @@ def evaluate(
 
     wanted = _budgets(budgets)
     task = read(data, captions=captions)
+    folder = output or Path("runs") / "eval" / f"{_as_file_name(model)}-{task.name}"
+    folder.mkdir(parents=True, exist_ok=True)
     embedder = load_model(model)
-    folder = output or Path("runs") / "eval" / f"{_as_file_name(embedder.name)}-{task.name}"
     with _progress("embed") as advance:
         record = evaluate(embedder, task, budgets=wanted, on_progress=advance)
+    report.print_table(record, out)
     report.save_record(record, folder / "record.json")
     report.plot_curve([record], folder / "curve.png")
-    report.print_table(record, out)
     out.print(f"record: {folder / 'record.json'}\nplot: {folder / 'curve.png'}")
 
 
@@ -143,14 +153,30 @@ def embed(
     import numpy as np
 
     from fluxclip import load_model
+    from fluxclip.video import VideoError
 
     if output.suffix != ".npz":
         raise ValueError(f"--output must end in .npz, got {output}")
-    embedder = load_model(model)
-    vectors = embedder.embed_video(files, token_budget=token_budget)
     output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(output, vectors=vectors, files=files, fingerprint=embedder.fingerprint)
-    out.print(f"{output}: {len(files)} vectors of {embedder.dim} from {embedder.name}")
+    embedder = load_model(model)
+    failed: dict[str, str] = {}
+    vectors = []
+    with _progress("embed") as advance:
+        for done, file in enumerate(files, start=1):
+            try:
+                vectors.append(embedder.embed_video([file], token_budget=token_budget))
+            except (VideoError, FileNotFoundError) as error:
+                failed[file] = str(error)
+            advance(done, len(files))
+    if vectors:
+        good = [file for file in files if file not in failed]
+        np.savez(
+            output, vectors=np.concatenate(vectors), files=good, fingerprint=embedder.fingerprint
+        )
+        out.print(f"{output}: {len(good)} vectors of {embedder.dim} from {embedder.name}")
+    _list_failed("not embedded", failed)
+    if failed:
+        raise typer.Exit(2)
 
 
 @index_app.command("create")
@@ -221,7 +247,7 @@ def index_remove(
     with Collection.open(collection) as opened:
         for video in videos:
             removed = opened.remove(video=video)
-            out.print(f"{video}: {removed} segments removed", markup=False)
+            out.print(f"{video}: {removed} segments removed")
 
 
 @index_app.command("info")
@@ -235,7 +261,7 @@ def index_info(collection: Path, json: AsJson = False) -> None:
         _print_json(info)
         return
     for key, value in info.items():
-        out.print(f"{key}: {value}", markup=False)
+        out.print(f"{key}: {value}")
 
 
 @index_app.command("check")
@@ -247,7 +273,7 @@ def index_check(collection: Path) -> None:
         found = opened.check()
     for kind in ("problems", "fixed", "missing_files"):
         for line in getattr(found, kind):
-            out.print(f"{kind.replace('_', ' ')}: {line}", markup=False)
+            out.print(f"{kind.replace('_', ' ')}: {line}")
     if found.problems:
         raise typer.Exit(2)
     out.print(f"{collection} is sound")
@@ -295,7 +321,7 @@ def search(
             _print_json(hit.to_dict())
     for place, hit in enumerate([] if json else hits, start=1):
         span = f"{hit.start_s:7.2f} - {hit.end_s:7.2f} s"
-        out.print(f"{place:3d}  {hit.score:.3f}  {span}  {hit.video}", markup=False)
+        out.print(f"{place:3d}  {hit.score:.3f}  {span}  {hit.video}")
     if len(hits) < k:
         what = "that match" if conditions else f"in a collection of {size} segments"
         err.print(f"note: {len(hits)} hits {what}; {k} were asked for")
@@ -325,7 +351,7 @@ def doctor(json: AsJson = False) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
-        out.print(f"{name:{width}}  {value}", markup=False)
+        out.print(f"{name:{width}}  {value}")
 
 
 def _budgets(text: str) -> list[int | None]:
@@ -358,11 +384,14 @@ def _key_values(pairs: list[str], option: str) -> dict[str, str | int | float | 
 
 def _report_failures(report: "AddReport") -> None:
     """List what could not be added; exit code 2 if it was named directly."""
-    for path, reason in report.failed.items():
-        line = reason if path in reason else f"{path}: {reason}"
-        err.print(f"fluxclip: not added: {line}", markup=False)
+    _list_failed("not added", report.failed)
     if report.named_failed:
         raise typer.Exit(2)
+
+
+def _list_failed(what: str, failed: Mapping[str, str]) -> None:
+    for path, reason in failed.items():
+        err.print(f"fluxclip: {what}: {reason if path in reason else f'{path}: {reason}'}")
 
 
 def _as_file_name(name: str) -> str:
@@ -370,7 +399,9 @@ def _as_file_name(name: str) -> str:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str))
+    # a path that is not UTF-8 is escaped: standard output could not carry it
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 @contextmanager

@@ -61,7 +61,9 @@ def run(output: Path, *, console: Console) -> Path:
             "the demo needs the clips and recipes of the repository: clone it, then `make demo`"
         )
     _fresh_folder(output)
-    recipe = recipes.read(ROOT / "configs" / "demo.toml", [f'output="{output / "train"}"'])
+    recipe = recipes.read(
+        ROOT / "configs" / "demo.toml", [f"output={json.dumps(str(output / 'train'))}"]
+    )
     console.rule("1 of 4: train")
     run_folder = train(recipe, console=console)
 
@@ -81,7 +83,7 @@ def run(output: Path, *, console: Console) -> Path:
         shown = answers(collection, task)
     for answer in shown:
         hits = ", ".join(hit.caption for hit in answer.hits)
-        console.print(f"[bold]{answer.query}[/bold]: {hits} ({answer.verdict()})")
+        console.print(f"{answer.query}: {hits} ({answer.verdict()})")
     page.contact_sheet(shown, output / "hits.png")
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     seconds = json.loads(lines[-1])["seconds"]

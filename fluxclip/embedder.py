@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,8 +96,8 @@ class Embedder:
 
     def embed_text(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors, float32 (len(texts), dim)."""
-        if isinstance(texts, str):
-            raise ValueError(f"embed_text takes a list of texts, got the text {texts!r} alone")
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"embed_text takes a list of texts, got {texts!r}")
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         # texts of like length together: less padding
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -123,6 +122,8 @@ class Embedder:
         """uint8 frames (T, side, side, 3) of each video in order, decoded ahead in threads."""
 
         def read(video: str | Path | Clip) -> torch.Tensor:
+            if not isinstance(video, (str, Path, Clip)):
+                raise ValueError(f"embed_video takes files and clips, got {video!r}")
             if not isinstance(video, Clip):
                 video = read_clip(video, num_frames=num_frames, side=side, fit=self.fit)
             return fit_clip(video, num_frames, side, self.fit)
@@ -159,9 +160,14 @@ def fingerprint(model: FluxCLIP | FrameAverage) -> str:
     """SHA-256, in hex, over architecture, preprocessing, and every weight of both towers."""
     described: dict[str, Any] = {"class": type(model).__name__}
     if isinstance(model, FluxCLIP):
-        described |= {"video": asdict(model.config.video), "grids": asdict(model.config.grids)}
-    described["preprocess"] = asdict(model.preprocess)
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        described |= model.config.to_dict()
+        # where the text weights lie and how training went change no vector
+        del described["text"]["source"], described["text"]["weights"]
+        del described["video"]["drop_path"]
+        described["pooling"] = getattr(model.text, "pooling", None)
+    else:
+        described |= {"architecture": model.architecture, "preprocess": model.preprocess}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         # bytes, not numbers: bfloat16 has no NumPy type
@@ -191,22 +197,25 @@ def load_model(source: str | Path, *, device: str | None = None) -> Embedder:
         )
     from fluxclip.model import weights
 
-    folder = _from_hub(text) if text.startswith("hf://") else _find_folder(text)
-    name = folder.parent.name if folder.name in ("best", "last") else folder.resolve().name
-    by_name = text.startswith("hf://") or text in shipped_models()
-    source = text if by_name else str(folder.absolute())
+    folder, name, source = _from_hub(text) if text.startswith("hf://") else _find_folder(text)
+    if text.startswith("hf://"):
+        config = weights.read_config(folder)
+        if "." in config.video.scorer + config.text.encoder:
+            raise ValueError(f"{text} names code outside fluxclip; a model from the hub may not")
     return Embedder(weights.load(folder), name=name, source=source, device=device)
 
 
-def _find_folder(source: str) -> Path:
-    folder = Path(source).expanduser()
+def _find_folder(source: str) -> tuple[Path, str, str]:
+    """A model's folder, its name, and by what it is found again from anywhere."""
+    folder = Path(source).expanduser().absolute()
     if (folder / "best" / "config.json").is_file():
-        return folder / "best"
+        return folder / "best", folder.name, str(folder)
     if folder.is_dir():
-        return folder
+        name = folder.parent.name if folder.name in ("best", "last") else folder.name
+        return folder, name, str(folder)
     shipped = shipped_models()
     if source in shipped:
-        return shipped[source]
+        return shipped[source], source, source
     known = ", ".join(shipped) or "none ship with this installation"
     raise ValueError(
         f"unknown model {source!r}: not a folder, and not one of the models that ship ({known}); "
@@ -222,13 +231,14 @@ def shipped_models() -> dict[str, Path]:
     return {config.parent.name: config.parent for config in configs}
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str) -> tuple[Path, str, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name = source.removeprefix("hf://")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"])
+        return Path(folder), name.rpartition("/")[2], source
     except HFValidationError as error:
         raise ValueError(f"{source!r} is no hub name: hf://org/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

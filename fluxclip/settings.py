@@ -4,6 +4,7 @@ A settings class is a frozen pydantic dataclass made with `@settings`: unknown k
 """
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -19,7 +20,17 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Make a class of annotated fields a frozen dataclass that checks types and unknown keys."""
-    return dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+    made: Any = dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
+    checked = made.__init__
+
+    def __init__(self: Any, *arguments: Any, **values: Any) -> None:
+        try:
+            checked(self, *arguments, **values)
+        except pydantic.ValidationError as error:
+            raise ValueError(_explain(made, error, made.__name__)) from None
+
+    made.__init__ = __init__
+    return made
 
 
 def parse(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
@@ -28,11 +39,18 @@ def parse(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
     Raises ValueError with one line per mistake: the source, the key, what was got and what is
     wanted; for an unknown key also the nearest real one.
     """
+    # through JSON, whose strict mode takes a list for a tuple, but no text for a number
+    text = json.dumps(values, default=str)
     try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(values))
+        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
     except pydantic.ValidationError as error:
-        lines = [_line(cls, details) for details in error.errors()]
-        raise ValueError("\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))) from None
+        raise ValueError(_explain(cls, error, source)) from None
+
+
+def _explain(cls: type, error: pydantic.ValidationError, source: str) -> str:
+    """One line per mistake."""
+    lines = dict.fromkeys(_line(cls, details) for details in error.errors())
+    return "\n".join(f"{source}: {line}" for line in lines)
 
 
 def _line(cls: type, details: Any) -> str:
@@ -41,7 +59,6 @@ def _line(cls: type, details: Any) -> str:
     if details["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _keys(cls, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
-        # a key of another section, misplaced, is found by its name alone
         hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else ""
         return f"unknown key {key!r}; " + (hint or f"known here: {', '.join(sorted(known))}")
     if details["type"] in ("missing", "missing_argument"):

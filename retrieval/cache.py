@@ -1,8 +1,9 @@
 """`index.faiss`: an index over the store's segments, kept in memory and in a file, never trusted.
 
 The file says which collection and revision it is of. Ids are never reused and a segment never
-changes, so comparing ids tells exactly what an older index lacks and what it holds too much. Ids
-are compared whenever the file is read: after a restored backup equal revisions prove nothing.
+changes, so comparing ids tells exactly what an older index lacks and what it holds too much. Only
+an index of a revision that the store went through is brought up to date so: after a restored
+backup the same ids may stand for other segments.
 """
 
 import logging
@@ -34,7 +35,7 @@ class IndexCache:
         self._path = store.folder / INDEX
         self._index: VectorIndex | None = None
         self._factory = ""  # what `_index` was asked to be
-        self._revision = -1  # of the store, when `_index` was brought up to date
+        self._revision = (-1, "")  # of the store, when `_index` was brought up to date
         self._is_saved = False
 
     def current(self) -> VectorIndex:
@@ -42,6 +43,8 @@ class IndexCache:
         if self._index is not None and self._revision == self._store.revision():
             return self._index
         with self._store.snapshot():
+            if not self._store.has_revision(self._revision):
+                self._index = None  # a backup was restored meanwhile
             reason = self._load() if self._index is None else None
             if reason and self._store.counts()["segments"]:
                 _log.info("%s of collection %r: %s; made anew", INDEX, self._store.name, reason)
@@ -55,19 +58,22 @@ class IndexCache:
             return
         self._is_saved = True  # tried once: a full disk is not written to at every search
         try:
-            self._index.save(self._path, {**self._identity(), "revision": self._revision})
+            number, token = self._revision
+            self._index.save(self._path, {**self._identity(), "revision": number, "token": token})
         except OSError as error:
             _log.warning("%s of collection %r: %s", INDEX, self._store.name, error)
 
     def save_if_free(self) -> None:
         """`save`, unless another process writes and will do so, or nobody may."""
         if not self._is_saved:
-            with suppress(OSError), self._store.sole_writer():
+            with suppress(OSError), self._store.sole_writer(wait_s=0):
                 self.save()
 
     def rebuild(self, factory: str) -> None:
         """Make the index anew from the store; ValueError if it cannot be of this kind."""
-        ids_N, vectors_ND = self._store.vectors()
+        with self._store.snapshot():
+            ids_N, vectors_ND = self._store.vectors()
+            self._revision = self._store.revision()
         self._index = _backend().build(ids_N, vectors_ND, factory=factory)
         self._factory = factory
         self._is_saved = False
@@ -76,14 +82,9 @@ class IndexCache:
         """Read the file again and make it anew if need be; says what was wrong with it."""
         self._index = None
         with self._store.snapshot():
-            reason = self._load()
-            if not reason and self._index is not None:
-                held_N = np.sort(self._index.ids_N)
-                if not np.array_equal(held_N, self._store.segment_ids()):
-                    now_at = self._store.revision()
-                    reason = f"it covers revision {self._revision}, the collection is at {now_at}"
-        self._revision = -1
-        self.current()
+            reason = self._load() or self._difference()
+            if reason:
+                self._build(str(self._store.settings()["index"]))
         self.save_if_free()
         return reason
 
@@ -98,8 +99,24 @@ class IndexCache:
         identity = self._identity()
         if {key: header.get(key) for key in identity} != identity:
             return "it belongs to another collection, model or kind of index"
+        revision = (header.get("revision", -1), header.get("token", ""))
+        if not self._store.has_revision(revision):
+            return "it is not of this history of the collection (was a backup restored?)"
         self._index, self._factory, self._is_saved = index, str(identity["index"]), True
-        self._revision = int(header["revision"])
+        self._revision = revision
+        return None
+
+    def _difference(self) -> str | None:
+        """How the index differs from the store; where it is exact, vectors are compared too."""
+        assert self._index is not None
+        order = np.argsort(self._index.ids_N)
+        if not np.array_equal(self._index.ids_N[order], self._store.segment_ids()):
+            held, now = self._revision[0], self._store.revision()[0]
+            return f"it covers revision {held}, the collection is at {now}"
+        if self._index.is_exact:
+            _, vectors_ND = self._store.vectors()
+            if not np.array_equal(self._index.vectors_ND[order], vectors_ND):
+                return "its vectors are not those of the collection"
         return None
 
     def _catch_up(self) -> VectorIndex:

@@ -24,6 +24,7 @@ from .ingest import (
     check_vectors,
     embed_sources,
     find_sources,
+    full_path,
     vector_problem,
 )
 from .store import DATABASE, MetadataValue, SegmentRow, Store, encode_metadata, now, refuse_existing
@@ -116,7 +117,7 @@ class Collection:
         window_s: videos longer than this many seconds are cut into windows of that length.
         Raises FileExistsError if the path exists, ValueError for bad settings.
         """
-        folder = Path(os.path.abspath(path))
+        folder = Path(full_path(path))
         refuse_existing(folder)  # before the model is loaded, which may take seconds
         if token_budget is not None and (type(token_budget) is not int or token_budget < 1):
             raise ValueError(
@@ -131,7 +132,7 @@ class Collection:
             {
                 "collection_id": uuid4().hex,  # tells its index.faiss from another collection's
                 "created_at": now(),
-                "model_source": _source(model),
+                "model_source": str(getattr(embedder, "source", embedder.name)),
                 "model_name": embedder.name,
                 "fingerprint": embedder.fingerprint,
                 "dim": embedder.dim,
@@ -147,9 +148,10 @@ class Collection:
         """Open an existing collection, with the model it remembers unless one is given.
 
         Raises FileNotFoundError if there is no such folder, ValueError if it is no collection or
-        was built by another model.
+        was built by another model. Where there is no right to write, nobody else may write either
+        while it is open: it is read as a file that does not change.
         """
-        folder = Path(os.path.abspath(path))
+        folder = Path(full_path(path))
         if not folder.exists():
             raise FileNotFoundError(f"there is no collection {str(folder)!r}: create it first")
         if not (folder / DATABASE).is_file():
@@ -158,8 +160,8 @@ class Collection:
         try:
             if isinstance(model, str | Path):
                 # the remembered one need not be loaded to be known as the right one
-                remembered = _source(model) == store.settings()["model_source"]
-                model = None if remembered else _load(model)
+                source = os.path.abspath(model) if os.path.isdir(model) else str(model)
+                model = None if source == store.settings()["model_source"] else _load(model)
             return cls(store, model)
         except BaseException:
             store.close()
@@ -308,7 +310,7 @@ class Collection:
             if text is not None:
                 what, removed = f"text {text!r}", self._store.remove_text(text)
             elif video is not None:
-                path = os.path.abspath(video)
+                path = full_path(video)
                 what, removed = f"video {path!r}", self._store.remove_video(path)
             else:
                 assert id is not None
@@ -354,7 +356,7 @@ class Collection:
     def info(self) -> dict[str, Any]:
         """What it holds and how it was made, as plain values."""
         settings = self._store.settings()
-        hidden = ("collection_id", "model_source", "revision")
+        hidden = ("collection_id", "model_source")
         files = [entry for entry in self._store.folder.iterdir() if entry.is_file()]
         return {
             "name": self._store.name,
@@ -479,6 +481,9 @@ class Collection:
             ranked = self._ranked(query_D, ids_N)
             best = _first_of_each_video(ranked) if only_best_of_video else ranked
             is_all = num == limit or len(ids_N) < num
+            if is_all and not index.is_exact and len(best) < k and len(ids_N) < limit:
+                allowed_N = index.ids_N  # its probes found too few: every score is computed
+                continue
             # what the index left out scores no more than its last candidate
             if is_all or (len(best) >= k and best[k - 1][1] > ranked[-1][1] + _SCORE_ROUNDING):
                 return best[:k]
@@ -499,13 +504,6 @@ class Collection:
         return [
             Hit(rows[i][0], "", 0.0, 0.0, float(scores_N[i]), {"text": rows[i][1]}) for i in order
         ]
-
-
-def _source(model: str | Path | Embedder) -> str:
-    """How to find a model again: a folder's full path, its name, or where it says it came from."""
-    if isinstance(model, str | Path):
-        return os.path.abspath(model) if os.path.isdir(model) else str(model)
-    return str(getattr(model, "source", model.name))
 
 
 def _load(model: str | Path | Embedder) -> Embedder:

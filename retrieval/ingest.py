@@ -102,17 +102,24 @@ class Source:
         return self.error is not None or len(self.vectors) == len(self.segments)
 
 
+def full_path(path: str | Path) -> str:
+    """Absolute, links kept; ValueError for an empty path, which would mean the working folder."""
+    if not str(path):
+        raise ValueError("the path is empty: name a file or folder, '.' for the one you are in")
+    return os.path.abspath(path)
+
+
 def find_sources(paths: Sequence[str | Path], *, recursive: bool) -> list[Source]:
     """Files, folders and patterns (`*?[`) -> sources in a fixed order, each file once.
 
     In folders and patterns only videos and images count, told by their suffix, and nothing that
     starts with a dot. What is not there, or is a folder without videos, becomes a source with an
-    error. ValueError if nothing is found at all.
+    error. ValueError if nothing is found at all, or a path is empty.
     """
     found: dict[str, Source] = {}
     without: list[str] = []
     for given in map(str, paths):
-        path = os.path.abspath(given)
+        path = full_path(given)
         if os.path.isdir(path):
             inside = _in_folder(path, recursive)
         elif os.path.lexists(path) or not glob.has_magic(given):
@@ -214,7 +221,13 @@ def _in_folder(folder: str, recursive: bool) -> list[Source]:
     def note(error: OSError) -> None:
         sources.append(Source(str(error.filename), error=error.strerror))
 
-    for parent, folders, names in os.walk(folder, onerror=note):
+    visited: set[str] = set()  # links may lead back to where they are
+    for parent, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
         files = sorted(filter(_is_wanted, names))
         sources += [Source(os.path.join(parent, name)) for name in files]
@@ -243,7 +256,10 @@ def _errors_noted(source: Source) -> Iterator[None]:
 
 def _inspect(source: Source, known: FileState | None, window_s: float) -> None:
     """Decide whether a file is new, and where to cut it."""
-    source.path.encode()  # SQLite keeps text as UTF-8
+    try:
+        source.path.encode()  # SQLite keeps text as UTF-8
+    except UnicodeEncodeError as error:
+        raise ValueError("its name is not UTF-8: rename it") from error
     status = os.stat(source.path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")

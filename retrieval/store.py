@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 
 DATABASE = "collection.sqlite"
 LOCK = "collection.lock"
-BUSY_TIMEOUT_S = 5.0  # how long a commit waits for another one
+BUSY_TIMEOUT_S = 5.0  # how long a write waits for another one
 
 MetadataValue = str | int | float | bool
 
@@ -64,6 +65,15 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             text TEXT NOT NULL UNIQUE,
             vector BLOB NOT NULL
         )""",
+    ),
+    (
+        """CREATE TABLE revisions (
+            revision INTEGER PRIMARY KEY,
+            token TEXT NOT NULL DEFAULT (hex(randomblob(16)))
+        )""",
+        "INSERT INTO revisions (revision) "
+        "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM settings WHERE key = 'revision'",
+        "DELETE FROM settings WHERE key = 'revision'",
     ),
 )
 
@@ -120,7 +130,7 @@ class Store:
         unfinished.mkdir()
         try:
             with _plain_errors(folder):
-                _fill_new(unfinished / DATABASE, {**settings, "revision": 0})
+                _fill_new(unfinished / DATABASE, settings)
             unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -134,13 +144,23 @@ class Store:
     # -- reading
 
     def settings(self) -> dict[str, Any]:
-        """What `create` was given, and `revision`."""
-        rows = self._rows("SELECT key, value FROM settings")
-        return {key: json.loads(value) for key, value in rows}
+        """What `create` was given; a missing one is a ValueError, as is any damage."""
+        with _plain_errors(self.folder):
+            rows = self._rows("SELECT key, value FROM settings")
+            return _Settings(self.folder, {key: json.loads(value) for key, value in rows})
 
-    def revision(self) -> int:
-        """A number that grows with every committed write."""
-        return int(self._rows("SELECT value FROM settings WHERE key = 'revision'")[0][0])
+    def revision(self) -> tuple[int, str]:
+        """A number that grows with every committed write, and a random token of that write.
+
+        After a restored backup a number may come again, a token never does.
+        """
+        number, token = self._rows("SELECT max(revision), token FROM revisions")[0]
+        return number, token
+
+    def has_revision(self, revision: tuple[int, str]) -> bool:
+        """Whether what is stored now came from that revision."""
+        sql = "SELECT 1 FROM revisions WHERE (revision, token) = (?, ?)"
+        return bool(self._rows(sql, revision))
 
     def counts(self) -> dict[str, int]:
         """Number of videos, segments and texts."""
@@ -209,10 +229,11 @@ class Store:
 
     def metadata(self, video_id: int) -> dict[str, MetadataValue]:
         """A video's metadata, sorted by key."""
-        rows = self._rows(
-            "SELECT key, value FROM metadata WHERE video_id = ? ORDER BY key", [video_id]
-        )
-        return {key: json.loads(value) for key, value in rows}
+        with _plain_errors(self.folder):
+            rows = self._rows(
+                "SELECT key, value FROM metadata WHERE video_id = ? ORDER BY key", [video_id]
+            )
+            return {key: json.loads(value) for key, value in rows}
 
     def texts(self) -> tuple[list[tuple[int, str]], np.ndarray]:
         """Every text with its id, ascending, and their vectors (N, D) float32."""
@@ -337,17 +358,19 @@ class Store:
             return
         with _plain_errors(self.folder):
             self._db.execute("BEGIN")
-        try:
-            yield
-        finally:
-            self._db.execute("COMMIT")
+            try:
+                yield
+            finally:
+                if self._db.in_transaction:  # after some errors SQLite has ended it itself
+                    self._db.execute("COMMIT")
 
     @contextmanager
-    def sole_writer(self) -> Iterator[None]:
-        """Be the only process that writes; OSError if another one does, without waiting.
+    def sole_writer(self, *, wait_s: float | None = None) -> Iterator[None]:
+        """Be the only process that writes; OSError if another one does for `wait_s` from now.
 
         Kept through a whole `add`, so that two of them do not embed the same files. The system
-        drops the lock with the process, however that ends.
+        drops the lock with the process, however that ends. wait_s: BUSY_TIMEOUT_S unless given, as
+        a search may hold the lock while it writes its index.
         """
         path = self.folder / LOCK
         try:
@@ -357,14 +380,19 @@ class Store:
             raise PermissionError(
                 f"collection {self.name!r} cannot be written: {error.strerror} ({path})"
             ) from error
+        give_up_s = time.monotonic() + (BUSY_TIMEOUT_S if wait_s is None else wait_s)
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(
-                    f"another process is writing to collection {self.name!r}: "
-                    "try again when it is done"
-                ) from error
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= give_up_s:
+                        raise BlockingIOError(
+                            f"another process is writing to collection {self.name!r}: "
+                            "try again when it is done"
+                        ) from error
+                time.sleep(0.02)
             yield
 
     @property
@@ -383,9 +411,7 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self._db.execute(
-                    "UPDATE settings SET value = CAST(value AS INTEGER) + 1 WHERE key = 'revision'"
-                )
+                self._db.execute("INSERT INTO revisions DEFAULT VALUES")
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
@@ -410,7 +436,7 @@ class Store:
             )
         if version < len(_MIGRATIONS):
             with self._transaction():
-                _migrate(self._db, version)
+                _migrate(self._db)
 
 
 def encode_metadata(metadata: Mapping[str, MetadataValue] | None) -> dict[str, str]:
@@ -474,9 +500,22 @@ def _plain_errors(folder: Path) -> Iterator[None]:
                 f"the disk of collection {folder.name!r} fails or is full: {error} ({folder}); "
                 "what was committed is kept"
             ) from error
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise _damaged(folder, str(error)) from error
-        raise
+        if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
+            raise
+        raise _damaged(folder, str(error)) from error
+    except json.JSONDecodeError as error:
+        raise _damaged(folder, f"a value is not JSON: {error}") from error
+
+
+class _Settings(dict[str, Any]):
+    """Settings of which every one that is asked for must be there."""
+
+    def __init__(self, folder: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._folder = folder
+
+    def __missing__(self, key: str) -> Any:
+        raise _damaged(self._folder, f"it has no setting {key!r}")
 
 
 def _damaged(folder: Path, what: str) -> ValueError:
@@ -506,7 +545,7 @@ def _fill_new(path: Path, settings: Mapping[str, Any]) -> None:
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN")
-        _migrate(connection, 0)
+        _migrate(connection)
         connection.executemany(
             "INSERT INTO settings VALUES (?, ?)",
             [(key, json.dumps(value)) for key, value in settings.items()],
@@ -516,8 +555,10 @@ def _fill_new(path: Path, settings: Mapping[str, Any]) -> None:
         connection.close()
 
 
-def _migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Bring a database from `version` to the newest format, inside the caller's transaction."""
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Bring a database to the newest format, inside the caller's transaction."""
+    # read here: since the caller looked, another process may have done it
+    [(version,)] = connection.execute("PRAGMA user_version").fetchall()
     for statements in _MIGRATIONS[version:]:
         for statement in statements:
             connection.execute(statement)

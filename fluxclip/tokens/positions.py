@@ -35,8 +35,8 @@ class GlobalPositions(nn.Module):
 
     The table is affinely mapped per channel, then interpolated: linearly over time, then bicubic
     over space, each only if that size differs (compared per dimension, since 6 x 36 x 36 and
-    24 x 18 x 18 have equally many entries). In eval the result is kept per grid until the
-    parameters change.
+    24 x 18 x 18 have equally many entries). In eval, without gradients, the result is kept per
+    grid until the parameters change or `train` or `eval` is called.
     """
 
     def __init__(self, num_steps: int, side: int, width: int) -> None:
@@ -47,10 +47,15 @@ class GlobalPositions(nn.Module):
         self._cache: dict[tuple[int, int, int], Tensor] = {}
         self._cache_key: tuple[object, ...] = ()
 
+    def train(self, mode: bool = True) -> "GlobalPositions":
+        # fused optimizers change parameters without raising _version
+        self._cache = {}
+        return super().train(mode)
+
     def forward(self, num_steps: int, rows: int, columns: int) -> Tensor:
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or self.table.is_inference():
             return self._interpolate(num_steps, rows, columns)
-        # in-place updates raise _version; moving to another device or dtype changes data_ptr
+        # in-place edits raise _version; moving to another device or dtype changes data_ptr
         key = tuple((p._version, p.data_ptr(), p.dtype) for p in self.parameters())
         if key != self._cache_key:
             self._cache, self._cache_key = {}, key

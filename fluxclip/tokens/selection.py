@@ -35,7 +35,7 @@ def check_budget(budget: int | None) -> None:
     """Raise ValueError unless the budget is None or a positive integer count of tokens."""
     if budget is None:
         return
-    if isinstance(budget, bool) or not isinstance(budget, int):
+    if isinstance(budget, bool) or not hasattr(budget, "__index__"):  # NumPy's integers are ones
         raise ValueError(f"a token budget is an integer count of tokens, got {budget!r}")
     if budget < 1:
         raise ValueError(f"a token budget must be 1 or more, got {budget}")
@@ -45,7 +45,7 @@ def check_budget(budget: int | None) -> None:
 def take(score_BNL: Tensor, mask_BNL: Tensor | None = None, budget: int | None = None) -> Selection:
     """Keep the min(budget, unmasked) highest-scoring positions of each clip, exactly.
 
-    score_BNL: float, any range, higher is kept first; of equal scores the earlier position.
+    score_BNL: finite floats, higher is kept first; of equal scores the earlier position.
     mask_BNL: bool, True where a token may be kept (what a filter left); None means everywhere.
     budget: tokens per clip, 1 or more (ValueError otherwise); None keeps all that are unmasked.
     """
@@ -63,6 +63,8 @@ def take(score_BNL: Tensor, mask_BNL: Tensor | None = None, budget: int | None =
         everything = torch.arange(n, device=score.device)
         return Selection(everything.repeat(b), lengths)
     order_BN = score.argsort(dim=1, descending=True, stable=True)
+    if len(set(lengths)) == 1:
+        return Selection(order_BN[:, : lengths[0]].sort(dim=1).values.flatten(), lengths)
     kept = [order_BN[i, :length].sort().values for i, length in enumerate(lengths)]
     return Selection(torch.cat(kept), lengths)
 

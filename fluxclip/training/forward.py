@@ -20,9 +20,9 @@ class Forward:
     """
 
     def __init__(
-        self, model: FluxCLIP, sources: Sequence[Source], *, objective: str, align: float
+        self, model: FluxCLIP, sources: Sequence[Source], *, objective: str, align: float, seed: int
     ) -> None:
-        self.model, self.align = model, align
+        self.model, self.align, self.seed = model, align, seed
         self.objective = plugins.load("fluxclip.training.objectives", objective).loss
         self.device = next(model.parameters()).device
         self.rows: dict[str, int] = {}
@@ -33,10 +33,13 @@ class Forward:
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         """The loss of a step, and its parts by name."""
         settings = self.model.preprocess
+        # a scorer that draws tokens at random draws anew in each step, and the same in a repeat
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step.number)
         views = [
             self.model.encode_video_views(
                 batch.to_float(self.device, mean=settings.mean, std=settings.std),
                 step.draw.budgets,
+                generator=generator,
             )
             for batch in step.batches
         ]
@@ -46,9 +49,11 @@ class Forward:
         text_BD = self.model.project_text(self._text_features(captions))
         same_BB = (_equal(names) | _equal(captions)).to(self.device)
         loss: Tensor
-        loss, parts = self.objective(
-            views_BD, text_BD, self.model.logit_scale, same_BB, align=self.align
-        )
+        # in bf16, scaled cosines near 100 are half a unit apart: hard negatives would blur
+        with torch.autocast(self.device.type, enabled=False):
+            loss, parts = self.objective(
+                views_BD, text_BD, self.model.logit_scale, same_BB, align=self.align
+            )
         return loss, parts
 
     def _text_features(self, captions: Sequence[str]) -> Tensor:

@@ -9,19 +9,23 @@ from rich.console import Console
 from fluxclip.data import loader
 from fluxclip.data.sources import annotations
 from fluxclip.model import weights
-from fluxclip.training import optimizer, run_folder
+from fluxclip.training import optimizer
 from fluxclip.training.forward import Forward
 from fluxclip.training.monitor import Monitor
 from fluxclip.training.recipe import Recipe
+from fluxclip.training.run_folder import RunFolder
 from fluxclip.training.validation import Validation
 
+MOST_UNREADABLE = 0.1  # share of the files; above it a run is another run than was asked for
 
-def train(recipe: Recipe, *, console: Console | None = None) -> Path:
+
+def train(recipe: Recipe, *, console: Console | None = None, command: str = "") -> Path:
     """Train as the recipe says and return the run folder: recipe.toml, metrics.jsonl, best/, last/.
 
-    What can be wrong with the recipe's files is found before the first step. Raises
-    FileExistsError if the run folder already holds a run, FileNotFoundError or ValueError for data
-    that cannot be read, FloatingPointError if the loss stops being a number.
+    command: what the card says the run was started by. What can be wrong with the recipe's files
+    is found before the first step. A file that cannot be read is named and another takes its
+    place. Raises FileExistsError if the run folder already holds a run, FileNotFoundError or
+    ValueError for data that cannot be read, FloatingPointError if the loss stops being a number.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
@@ -29,14 +33,18 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Path:
     validation = Validation(recipe.validation)
     torch.manual_seed(recipe.seed)
     model = weights.build(recipe.model_config()).to(device).train()
-    forward = Forward(model, data.sources, objective=recipe.objective, align=recipe.flux.align)
-    folder = run_folder.create(recipe)
+    forward = Forward(
+        model, data.sources, objective=recipe.objective, align=recipe.flux.align, seed=recipe.seed
+    )
     o = recipe.optimizer
     adamw = optimizer.adamw(model, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+    run = RunFolder(recipe, command=command)
+    unreadable: dict[str, str] = {}
     best = float("-inf")
-    with Monitor(folder, steps=o.steps, console=console) as monitor:
-        monitor.say(f"{folder}: {data.num_pairs} pairs, {recipe.sampling()}")
+    with Monitor(run.path, steps=o.steps, console=console) as monitor:
+        monitor.say(f"{run.path}: {data.num_pairs} pairs, {recipe.sampling()}")
         for step in loader.steps(data, start=0, stop=o.steps, workers=recipe.workers):
+            _note_unreadable(step, unreadable, data, monitor)
             lr = optimizer.learning_rate(
                 step.number, steps=o.steps, warmup_steps=o.warmup_steps, lr=o.lr,
                 final_lr=o.final_lr,
@@ -48,7 +56,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Path:
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss.item()} at step {step.number}: try a lower optimizer.lr; "
-                    f"the best model so far, if any, is in {folder / 'best'}"
+                    f"the best model so far, if any, is in {run.path / 'best'}"
                 )
             adamw.zero_grad()
             loss.backward()
@@ -66,14 +74,23 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Path:
                 monitor.validated(step.number, scores)
                 if scores["val_mrr"] > best:
                     best = scores["val_mrr"]
-                    run_folder.save_model(
-                        model, folder / "best", recipe, step=done, seconds=monitor.seconds,
-                        scores=scores,
-                    )  # fmt: skip
-        run_folder.save_model(
-            model, folder / "last", recipe, step=o.steps, seconds=monitor.seconds, scores=scores
+                    run.save("best", model, step=done, seconds=monitor.seconds, scores=scores)
+        run.save("last", model, step=o.steps, seconds=monitor.seconds, scores=scores)
+    return run.path
+
+
+def _note_unreadable(
+    step: loader.Step, unreadable: dict[str, str], data: loader.Steps, monitor: Monitor
+) -> None:
+    """Say which files could not be read, each once; ValueError if they are too many."""
+    for path in sorted(step.unreadable.keys() - unreadable.keys()):
+        unreadable[path] = step.unreadable[path]
+        monitor.say(f"unreadable, another takes its place: {unreadable[path]}")
+    if len(unreadable) > MOST_UNREADABLE * data.num_pairs:
+        raise ValueError(
+            f"{len(unreadable)} of {data.num_pairs} files cannot be read, more than "
+            f"{MOST_UNREADABLE:.0%}: mend the data or leave them out"
         )
-    return folder
 
 
 def dataset(recipe: Recipe) -> loader.Steps:

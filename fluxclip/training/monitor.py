@@ -74,4 +74,4 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        self.progress.console.print(line, highlight=False)
+        self.progress.console.print(line, highlight=False, markup=False)

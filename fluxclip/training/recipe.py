@@ -8,7 +8,9 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fluxclip.model.presets import (
     FluxCLIPConfig,
@@ -20,13 +22,16 @@ from fluxclip.model.presets import (
 from fluxclip.settings import parse, settings
 from fluxclip.tokens.budget import FluxSampling, GridTable
 
+Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
 
 @settings
 class ModelRecipe:
     """preset: tiny, small or base; dim: width of the shared space; the rest changes the preset."""
 
     preset: str = "tiny"
-    dim: int = 256
+    dim: PositiveInt = 256
     drop_path: float = 0.0
     scorer: str = "group_dynamic"
     gelu: Literal["tanh", "erf"] = "tanh"
@@ -47,7 +52,7 @@ class FluxRecipe:
     tokens: tuple[int, int]
     budgets: tuple[int, ...]
     grids: tuple[tuple[int, int, int], ...]
-    align: float = 1.0
+    align: NonNegativeFloat = 1.0
 
 
 @settings
@@ -60,10 +65,10 @@ class SourceRecipe:
     """
 
     annotations: str
-    batch: int
+    batch: PositiveInt
     captions: Literal["one", "first"] = "one"
-    cache_frames: int = 0
-    cache_side: int = 128
+    cache_frames: NonNegativeInt = 0
+    cache_side: PositiveInt = 128
 
 
 @settings
@@ -74,8 +79,8 @@ class AugmentRecipe:
     of the clip instead of at its middle.
     """
 
-    crop_area: tuple[float, float] = (0.5, 1.0)
-    crop_aspect: tuple[float, float] = (0.75, 1.333)
+    crop_area: tuple[Share, Share] = (0.5, 1.0)
+    crop_aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.333)
     flip: bool = True
     vary_time: bool = True
 
@@ -84,22 +89,20 @@ class AugmentRecipe:
 class OptimizerRecipe:
     """AdamW, linear warm-up, cosine to final_lr * lr; the gradient norm is cut at clip_norm."""
 
-    steps: int
-    lr: float = 1e-3
-    warmup_steps: int = 100
-    final_lr: float = 0.01
-    weight_decay: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip_norm: float = 1.0
+    steps: PositiveInt
+    lr: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = 100
+    final_lr: NonNegativeFloat = 0.01
+    weight_decay: NonNegativeFloat = 0.02
+    betas: tuple[Rate, Rate] = (0.9, 0.98)
+    clip_norm: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
+        if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"steps must be 1 or more and warmup_steps below it, got steps={self.steps}, "
+                f"warmup_steps must be below steps, got steps={self.steps}, "
                 f"warmup_steps={self.warmup_steps}"
             )
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
 
 
 @settings
@@ -107,7 +110,7 @@ class ValidationRecipe:
     """The set the best model is chosen by, `every` so many steps: mean MRR of both directions."""
 
     annotations: str
-    every: int = 200
+    every: PositiveInt = 200
     captions: Literal["first", "all", "joined"] = "first"
 
 
@@ -127,16 +130,16 @@ class Recipe:
     text: TextConfig = field(default_factory=TextConfig)
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     objective: str = "contrastive"
-    seed: int = 0
-    workers: int = 0
+    seed: NonNegativeInt = 0
+    workers: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     save_as: Literal["fp32", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("a recipe needs at least one [[data]] section")
-        if any(source.batch < 1 for source in self.data):
-            raise ValueError("data.batch must be 1 or more")
+        if self.workers and any(source.cache_frames for source in self.data):
+            raise ValueError("a source with cache_frames is kept by one process: set workers to 0")
         # made once here, so that mistakes show before any step is spent
         self.sampling()
         self.model_config()
@@ -212,8 +215,15 @@ def _apply(values: dict[str, Any], change: str) -> None:
             here = here[int(parent)]
         else:
             here = here.setdefault(parent, {})
-    if not isinstance(here, dict):
-        raise ValueError(f"cannot set {name!r}: {'.'.join(parents)!r} is no section")
+        if not isinstance(here, (dict, list)):
+            path = ".".join(parents[: i + 1])
+            raise ValueError(f"cannot set {name!r}: {path!r} is no section")
+    if isinstance(here, list):
+        path = ".".join(parents)
+        raise ValueError(
+            f"cannot set {name!r}: {path} is a list of {len(here)}, write its number, as in "
+            f"{path}.0.{last}"
+        )
     here[last] = value
 
 

@@ -1,8 +1,6 @@
 """What a run leaves behind: recipe.toml, metrics.jsonl, and the model folders best/ and last/."""
 
 import platform
-import shlex
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -16,44 +14,45 @@ from fluxclip.training.recipe import Recipe, to_toml
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-def create(recipe: Recipe) -> Path:
-    """Make the run folder and write the resolved recipe into it.
+class RunFolder:
+    """The folder of one run; making it writes the resolved recipe.
 
-    Raises FileExistsError if a run is there already: nothing is overwritten.
+    command: what the cards say the run was started by. Raises FileExistsError if a run is there
+    already: nothing is overwritten.
     """
-    folder = Path(recipe.output)
-    if (folder / "recipe.toml").exists():
-        raise FileExistsError(
-            f"{folder} already holds a run: choose another folder with --set output=..., or "
-            f"delete that one"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-    return folder
 
+    def __init__(self, recipe: Recipe, *, command: str = "") -> None:
+        self.recipe, self.path = recipe, Path(recipe.output)
+        self.command = command or "fluxclip.training.loop.train"
+        if (self.path / "recipe.toml").exists():
+            raise FileExistsError(
+                f"{self.path} already holds a run: choose another folder with --set output=..., or "
+                f"delete that one"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
 
-def save_model(
-    model: FluxCLIP, folder: Path, recipe: Recipe, *, step: int, seconds: float,
-    scores: dict[str, float],
-) -> None:  # fmt: skip
-    """Write a model folder with its card."""
-    card = _card(model, recipe, step=step, seconds=seconds, scores=scores)
-    weights.save(model, folder, card=card, dtype=_DTYPES[recipe.save_as])
+    def save(
+        self, name: str, model: FluxCLIP, *, step: int, seconds: float, scores: dict[str, float]
+    ) -> None:
+        """Write the model folder `name` with its card; scores are those after `step` steps."""
+        card = _card(self, model, step=step, seconds=seconds, scores=scores)
+        weights.save(model, self.path / name, card=card, dtype=_DTYPES[self.recipe.save_as])
 
 
 def _card(
-    model: FluxCLIP, recipe: Recipe, *, step: int, seconds: float, scores: dict[str, float]
+    run: RunFolder, model: FluxCLIP, *, step: int, seconds: float, scores: dict[str, float]
 ) -> str:
+    recipe = run.recipe
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     data = "\n".join(f"- {Path(s.annotations).name}, {s.batch} pairs a step" for s in recipe.data)
     numbers = "\n".join(f"- {name}: {value:.2f}" for name, value in scores.items())
-    command = shlex.join(["fluxclip", *sys.argv[1:]])
-    return f"""# {Path(recipe.output).name}
+    return f"""# {run.path.name}
 
 A FluxCLIP video-text model, preset `{recipe.model.preset}`, {trained / 1e6:.2f} M trained
 parameters; text tower `{recipe.text.source}` ({recipe.text.weights}).
 
-- Command: `{command}`
+- Command: `{run.command}`
 - Seed: {recipe.seed}; step {step} of {recipe.optimizer.steps}, {seconds / 60:.1f} minutes
 - Date: {date.today().isoformat()}
 - Machine: {_machine()}

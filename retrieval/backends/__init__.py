@@ -25,6 +25,10 @@ class VectorIndex(Protocol):
     def is_exact(self) -> bool:
         """Whether `search` compares the query with every vector held."""
 
+    @property
+    def vectors_ND(self) -> np.ndarray:
+        """Vectors held, float32, in the order of `ids_N`. Only where `is_exact`."""
+
     def add(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
         """Take in vectors under ids it does not hold."""
 

@@ -67,6 +67,11 @@ class FaissIndex:
     def is_exact(self) -> bool:
         return isinstance(faiss.downcast_index(self._index.index), faiss.IndexFlat)
 
+    @property
+    def vectors_ND(self) -> np.ndarray:
+        assert self.is_exact
+        return self._index.index.reconstruct_n(0, self._index.ntotal)
+
     def add(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
         self._index.add_with_ids(vectors_ND, ids_N)
 
@@ -92,15 +97,17 @@ class FaissIndex:
         temporary = path.with_name(path.name + ".tmp")
         try:
             faiss.write_index(self._index, os.fspath(temporary))
+            with temporary.open("r+b") as file:
+                digest = _digest(file, temporary.stat().st_size, header)
+                trailer = json.dumps({"header": dict(header), "sha256": digest}).encode()
+                file.write(trailer + len(trailer).to_bytes(8, "little") + _MARK)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         except RuntimeError as error:
             raise OSError(f"cannot write {temporary}: {_reason(error)}") from error
-        with temporary.open("r+b") as file:
-            digest = _digest(file, temporary.stat().st_size, header)
-            trailer = json.dumps({"header": dict(header), "sha256": digest}).encode()
-            file.write(trailer + len(trailer).to_bytes(8, "little") + _MARK)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # is there only after a failure: a full disk
 
     @classmethod
     def load(cls, path: Path) -> tuple["FaissIndex", dict[str, Any]]:

@@ -93,9 +93,49 @@ def test_cached_frames_are_those_of_the_clip(emoji: Path) -> None:
         assert np.abs(frames.astype(int) - clip.frames_THWC).mean() < 6
 
 
+@pytest.mark.parametrize("cache_frames", [0, 1])
+def test_crops_of_a_wide_picture_are_square(tmp_path: Path, cache_frames: int) -> None:
+    """A disc stays a disc: the aspect of a crop is one of pixels, not of shares."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (320, 120))
+    for x in range(0, 320, 40):
+        for y in range(0, 120, 40):
+            ImageDraw.Draw(picture).ellipse((x + 4, y + 4, x + 36, y + 36), fill="white")
+    picture.save(tmp_path / "discs.png")
+    augment = Augment(crop_area=(0.3, 0.3), crop_aspect=(1.0, 1.0), flip=False)
+    source = Source([Record(tmp_path / "discs.png", ("discs",), None)], 1,
+                    cache_frames=cache_frames, cache_side=256)  # fmt: skip
+    frame = Steps([source], SAMPLING, augment, seed=0)[0].batches[0].frames_BTHWC[0, 0]
+    bright = (frame.float().mean(-1) > 128).float()
+    # as many edges across as down, where a crop of equal shares would have 2.7 times as many
+    across = (bright.diff(dim=1) != 0).sum() / bright.shape[0]
+    down = (bright.diff(dim=0) != 0).sum() / bright.shape[1]
+    assert 0.75 < across / down < 1.33
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named_and_replaced(
+    emoji: Path, tmp_path: Path, workers: int
+) -> None:
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("no video")
+    records = [Record(bad, ("bad",), None), *read(emoji / "train.json")[:2]]
+    data = Steps([Source(records, 3)], SAMPLING, Augment(), seed=0)
+    (step,) = steps(data, start=0, stop=1, workers=workers)
+    assert list(step.unreadable) == [str(bad)]
+    assert str(bad) in step.unreadable[str(bad)]
+    assert step.num_pairs == 3
+    assert "bad" not in step.batches[0].names
+    with pytest.raises(ValueError, match="no file of a source can be read"):
+        _ = Steps([Source(records[:1], 3)], SAMPLING, Augment(), seed=0)[0]
+
+
 def test_pictures_are_mirrored_only_where_the_caption_stays_true(tmp_path: Path) -> None:
     assert _says_side(("left arrow",))
     assert _says_side(("fist", "hand, left-facing"))
+    assert _says_side(("it turns Left.",))
+    assert _says_side(("upwards", "counterclockwise"))
     assert not _says_side(("a bright leftover",))
     from PIL import Image
 

@@ -66,13 +66,22 @@ def test_a_budget_chooses_whole_frames(model: Embedder) -> None:
     assert model.grid(None) == (8, 64)
     assert model.num_tokens(*model.grid(None)) == 8 * 16
     assert [model.grid(budget)[0] for budget in (1, 16, 31, 32, 100)] == [1, 1, 1, 2, 6]
-    assert model.macs(4, 64) == 4 * model.macs(1, 64) > 0
+    # 16 patches and a class token, width 32, 2 layers: linear maps, q k^T and attention v
+    n, d = 17, 32
+    block = n * (4 * d * d + 8 * d * d) + 2 * n * n * d
+    assert model.macs(1, 64) == 16 * 3 * 16**2 * d + 2 * block + d * 24
+    assert model.macs(4, 64) == 4 * model.macs(1, 64)
+    assert model.grid(10**9) == (64, 64)
 
 
 def test_wrong_weights_are_one_clear_line(model: Embedder, tmp_path: Path) -> None:
     save_file({"stray": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="does not load") as error:
         load_model(f"open_clip:{NAME}/{tmp_path / 'w.safetensors'}")
+    assert "\n" not in str(error.value)
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match="does not load") as error:
+        load_model(f"open_clip:{NAME}/{tmp_path / 'text.pt'}")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="64 pixels, not 224"):
         model.num_tokens(8, 224)

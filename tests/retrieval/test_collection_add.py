@@ -339,3 +339,27 @@ def test_kill_leaves_whole_videos_and_adding_again_completes(
         assert (report.added, report.skipped) == (2, 1)
         assert _paths(collection) == files
         assert [len(_segments(collection, path)) for path in clips[:3]] == num_windows
+
+
+def test_linked_folders_are_searched_once(
+    cats: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    folder, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
+    (folder / "deep").mkdir(parents=True)
+    elsewhere.mkdir()
+    shutil.copy(clips[0], folder / "deep" / "a.mp4")
+    shutil.copy(clips[1], elsewhere / "b.mp4")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "link again").symlink_to(elsewhere)
+    (folder / "deep" / "up").symlink_to(folder)
+    (elsewhere / "round").symlink_to(elsewhere)
+    assert cats.add(folder).failed == {}
+    assert _paths(cats) == [str(folder / "deep" / "a.mp4"), str(folder / "link" / "b.mp4")]
+
+
+def test_a_name_that_is_not_utf8_is_said(
+    cats: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")
+    shutil.copy(clips[0], name)
+    assert cats.add(tmp_path).failed == {name: "its name is not UTF-8: rename it"}

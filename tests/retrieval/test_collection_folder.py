@@ -1,5 +1,6 @@
 """The folder: made, opened, checked, and its cache lost, damaged or out of date."""
 
+import json
 import os
 import shutil
 import sqlite3
@@ -50,6 +51,24 @@ def test_what_create_refuses(
     assert sorted(os.listdir(tmp_path)) == ["a", "file"]
 
 
+def test_an_empty_path_is_not_the_working_folder(
+    cats: Collection, clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(clips[0], "a.mp4")
+    for use in (
+        lambda: cats.add(""),
+        lambda: cats.add(["a.mp4", ""]),
+        lambda: cats.remove(video=""),
+        lambda: Collection.create("", model=cats.model),
+        lambda: Collection.open(""),
+    ):
+        with pytest.raises(ValueError, match="the path is empty"):
+            use()
+    assert len(cats) == 0
+
+
 def test_what_open_refuses(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no collection .*nowhere"):
         Collection.open(tmp_path / "nowhere")
@@ -71,6 +90,33 @@ def test_another_model_is_refused(filled: Collection, embedder: LayoutEmbedder) 
         )
     renamed = LayoutEmbedder("the same under another name")
     assert len(Collection.open(folder, model=renamed).search("a dog", k=3)) == 3
+
+
+def test_a_model_named_by_a_relative_file_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    import torch
+
+    name = "tiny-for-collections"
+    settings = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 16,
+                       "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1,
+                     "layers": 1},
+    }  # fmt: skip
+    (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.save(open_clip.create_model(name).state_dict(), tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    with Collection.create("cats", model=f"open_clip:{name}/weights.pt") as cats:
+        cats.add_texts(["a cat"])
+    monkeypatch.chdir("/")
+    with Collection.open(tmp_path / "cats") as again:
+        assert again.search("a cat", target="text")[0].score == pytest.approx(1, abs=1e-5)
+    with Collection.open(tmp_path / "cats", model=again.model.source) as again:
+        assert "model" not in vars(again)  # not loaded: the same string
 
 
 def test_what_needs_no_model_loads_none(filled: Collection) -> None:
@@ -183,10 +229,62 @@ def test_cache_of_another_collection_is_not_taken(
     """The same model, the same ids, the same revision, other videos."""
     with Collection.create(tmp_path / "dogs", model=embedder, window_s=5.0) as dogs:
         dogs.add(clips[3:15])
-        assert dogs._store.revision() == filled._store.revision()
+        assert dogs._store.revision()[0] == filled._store.revision()[0]
     shutil.copy(tmp_path / "dogs" / "index.faiss", filled._store.folder / "index.faiss")
     with Collection.open(filled._store.folder, model=embedder) as again:
         assert again.search(video=clips[0], k=1)[0].video == str(clips[0])
+
+
+def _back_up_and_restore(collection: Collection, meanwhile: Callable[[], object]) -> None:
+    """`meanwhile` is undone in SQLite, not in the index; with SQLite's own backup."""
+    with sqlite3.connect(":memory:") as kept:
+        collection._store._db.backup(kept)
+        meanwhile()
+        kept.backup(collection._store._db)
+    kept.close()
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("kind", ["Flat", "HNSW8"])
+def test_after_a_restored_backup_the_same_id_is_another_segment(
+    filled: Collection, clips: list[Path], kind: str, is_open: bool
+) -> None:
+    filled.rebuild(index=kind)
+    _back_up_and_restore(filled, lambda: filled.add(clips[12]))
+    if not is_open:
+        filled.close()
+        filled = Collection.open(filled._store.folder, model=filled.model)
+    filled.add(clips[13])
+    [hit] = filled.search(video=clips[13], k=1)
+    assert (hit.id, hit.video) == (13, str(clips[13]))
+    assert hit.score == pytest.approx(1, abs=1e-6)
+    index = filled._cache.current()
+    ids_QK, scores_QK = index.search(filled.model.embed_video(clips[13:14]), 1)
+    assert ids_QK[0, 0] == 13 and scores_QK[0, 0] == pytest.approx(1, abs=1e-5)
+    assert filled.check().fixed == ()
+
+
+def test_check_finds_the_index_of_before_a_restored_backup(
+    filled: Collection, clips: list[Path]
+) -> None:
+    index = filled._store.folder / "index.faiss"
+    _back_up_and_restore(filled, lambda: filled.add(clips[12]))
+    of_before = index.read_bytes()
+    filled.add(clips[13])
+    index.write_bytes(of_before)
+    [fixed] = filled.check().fixed
+    assert "not of this history" in fixed
+    assert filled.check().fixed == ()
+
+
+def test_check_compares_vectors(filled: Collection, clips: list[Path]) -> None:
+    """Changed by another program, so that nothing tells of it."""
+    db = sqlite3.connect(filled._store.folder / DATABASE, isolation_level=None)
+    db.execute("UPDATE segments SET vector = (SELECT vector FROM segments WHERE id = 1)")
+    [fixed] = filled.check().fixed
+    assert "its vectors are not those of the collection" in fixed
+    assert filled.check().fixed == ()
+    assert filled._cache.current().search(filled.model.embed_video(clips[:1]), 1)[1] > 0.999
 
 
 def test_writes_of_another_process_are_seen(filled: Collection, clips: list[Path]) -> None:
@@ -261,6 +359,22 @@ def test_rebuild_as_another_kind(
         assert again.info()["index"] == kind
         again.rebuild(index="Flat")
         assert len(_ids(again)) == 14
+
+
+@pytest.mark.parametrize("kind", ["IVF4,Flat", "HNSW8"])
+def test_an_approximate_index_gives_as_many_hits_as_there_are(
+    cats: Collection, clips: list[Path], kind: str
+) -> None:
+    cats.add(clips)
+    for k in (10, len(cats)):
+        exact = cats.search(video=clips[4], k=k)
+        cats.rebuild(index=kind)
+        assert len(cats.search(video=clips[4], k=k)) == k
+        assert len(cats.search(video=clips[4], k=k, group_by="video")) == k
+        cats.rebuild(index="Flat")
+    cats.rebuild(index=kind)
+    assert cats.search(video=clips[4], k=len(cats)) == exact
+    assert len(cats.search(video=clips[4], k=1000)) == len(cats)
 
 
 def test_rebuild_refuses_and_changes_nothing(filled: Collection) -> None:

@@ -1,5 +1,6 @@
 """The FAISS backend: exact against NumPy, and a file that is either right or refused."""
 
+import os
 from pathlib import Path
 
 import faiss
@@ -66,6 +67,8 @@ def test_add_and_remove_equal_a_new_index(ids_N: np.ndarray, vectors_ND: np.ndar
     kept = np.r_[0:50, 120:300]
     queries = _unit_vectors(6, seed=5)
     assert set(index.ids_N) == set(ids_N[kept])
+    by_id = dict(zip(ids_N.tolist(), vectors_ND, strict=True))
+    np.testing.assert_array_equal(index.vectors_ND, [by_id[i] for i in index.ids_N.tolist()])
     expected = _brute_force(ids_N[kept], vectors_ND[kept], queries, 9)
     np.testing.assert_array_equal(index.search(queries, 9)[0], expected)
 
@@ -129,3 +132,17 @@ def test_writing_where_one_cannot_is_an_os_error(
 ) -> None:
     with pytest.raises(OSError, match="cannot write"):
         FaissIndex.build(ids_N, vectors_ND).save(tmp_path / "nowhere" / "index.faiss", {})
+
+
+@pytest.mark.parametrize("trouble", ["full disk", "a folder of its name"])
+def test_a_failed_save_leaves_nothing(
+    tmp_path: Path, ids_N: np.ndarray, vectors_ND: np.ndarray, trouble: str
+) -> None:
+    path, temporary = tmp_path / "index.faiss", tmp_path / "index.faiss.tmp"
+    if trouble == "full disk":
+        temporary.symlink_to("/dev/full")
+    else:
+        path.mkdir()
+    with pytest.raises(OSError):
+        FaissIndex.build(ids_N, vectors_ND).save(path, {})
+    assert not os.path.lexists(temporary)

@@ -1,6 +1,8 @@
 """The SQLite file: whole transactions, ids that never come back, errors in a line."""
 
+import shutil
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def test_create_makes_the_folder_in_one_step(tmp_path: Path) -> None:
     Store.create(tmp_path / "a" / "cats", {"dim": DIM, "window_s": 2.5})
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["cats"]
     settings = Store(tmp_path / "a" / "cats").settings()
-    assert settings == {"dim": DIM, "window_s": 2.5, "revision": 0}
+    assert settings == {"dim": DIM, "window_s": 2.5}
     with pytest.raises(FileExistsError, match="exists already"):
         Store.create(tmp_path / "a" / "cats", {"dim": DIM})
     with pytest.raises(TypeError):  # what JSON cannot hold
@@ -132,22 +134,34 @@ def test_a_reader_sees_one_revision_and_holds_up_no_writer(store: Store) -> None
     assert reader.segment_ids().tolist() == [1, 2]
 
 
-def test_one_writer_at_a_time_is_told_at_once(store: Store) -> None:
+@pytest.mark.parametrize("wait_s", [0, None])
+def test_one_writer_at_a_time(store: Store, wait_s: float | None) -> None:
     other = Store(store.folder)
+    start_s = time.monotonic()
     with (
         store.sole_writer(),
         pytest.raises(OSError, match="another process is writing to collection 'cats'"),
-        other.sole_writer(),
+        other.sole_writer(wait_s=wait_s),
     ):
         pass
-    with other.sole_writer():
+    waited_s = time.monotonic() - start_s
+    assert (waited_s < store_module.BUSY_TIMEOUT_S) == (wait_s == 0)
+    with other.sole_writer(wait_s=0):
         pass
 
 
-def test_a_lock_held_by_another_program_is_an_os_error(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_S", 0.05)
+def test_a_writer_waits_for_one_who_is_done_soon(store: Store) -> None:
+    """As a search that writes its index is."""
+    held = store.sole_writer()
+    held.__enter__()
+    done = threading.Timer(0.05, held.__exit__, (None, None, None))
+    done.start()
+    with Store(store.folder).sole_writer():
+        assert done.finished.is_set()
+    done.join()
+
+
+def test_a_lock_held_by_another_program_is_an_os_error(store: Store) -> None:
     late = Store(store.folder)
     foreign = sqlite3.connect(store.folder / DATABASE, isolation_level=None)
     foreign.execute("BEGIN IMMEDIATE")
@@ -180,7 +194,7 @@ def test_what_is_no_collection_is_said(store: Store, tmp_path: Path) -> None:
     newer = sqlite3.connect(database)
     newer.execute("PRAGMA user_version = 99")
     newer.close()
-    with pytest.raises(ValueError, match="'cats' has format 99, this program reads up to 1"):
+    with pytest.raises(ValueError, match="'cats' has format 99, this program reads up to 2"):
         Store(store.folder)
 
     database.write_bytes(b"not a database at all, not even nearly" * 100)
@@ -196,8 +210,36 @@ def test_a_file_of_an_older_format_is_brought_up_to_date(
     monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, later))
     again = Store(store.folder)
     assert again._db.execute("SELECT path, title FROM videos").fetchall() == [("/a", None)]
-    assert again._db.execute("PRAGMA user_version").fetchone() == (2,)
+    assert again._db.execute("PRAGMA user_version").fetchone() == (3,)
     assert again.segment_ids().tolist() == [1, 2]
+    assert again.has_revision(store.revision())
+
+
+def test_a_file_of_the_first_format_goes_on_with_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_MIGRATIONS", store_module._MIGRATIONS[:1])
+        Store.create(tmp_path / "old", {"dim": DIM, "revision": 41})
+    store = Store(tmp_path / "old")
+    number, _ = store.revision()
+    assert number >= 41 and store.settings() == {"dim": DIM}
+    _put(store, "/a")
+    assert store.revision()[0] > number
+
+
+def test_a_revision_is_told_from_another_of_the_same_number(store: Store) -> None:
+    _put(store, "/a")
+    common = store.revision()
+    copy = store.folder.with_name("copy")
+    store.close()
+    shutil.copytree(store.folder, copy)
+    store, other = Store(store.folder), Store(copy)
+    _put(store, "/b")
+    _put(other, "/c")
+    assert store.revision()[0] == other.revision()[0]
+    assert store.has_revision(common) and other.has_revision(common)
+    assert store.has_revision(store.revision()) and not store.has_revision(other.revision())
 
 
 def test_a_damaged_vector_is_not_searched(store: Store) -> None:
@@ -217,3 +259,41 @@ def test_reading_all_vectors_is_quick(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 1  # some 20 ms when nothing else runs
     np.testing.assert_array_equal(read, vectors)
     assert len(ids) == 3000
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "DELETE FROM settings WHERE key = 'dim'",
+        "UPDATE settings SET value = '{' WHERE key = 'dim'",
+        "DROP TABLE settings",
+        "DROP TABLE segments",
+        "ALTER TABLE segments RENAME COLUMN vector TO v",
+        "UPDATE metadata SET value = 'north'",
+        "UPDATE videos SET path = CAST(x'ff' AS TEXT)",
+    ],
+)
+def test_whatever_is_wrong_inside_is_one_line_about_damage(store: Store, harm: str) -> None:
+    _put(store, "/a", 2, camera="north")
+    store._db.execute(harm)
+    store.close()
+    with pytest.raises(ValueError, match="collection 'cats' is damaged") as error:
+        again = Store(store.folder)
+        with again.snapshot():
+            again.vectors()
+            again.metadata(1)
+            again.files()
+    assert "\n" not in str(error.value)
+
+
+def test_a_snapshot_that_sqlite_has_ended_itself(store: Store) -> None:
+    """As it does after some errors of the disk."""
+    with pytest.raises(OSError, match="the first reason"), store.snapshot():
+        store._db.execute("ROLLBACK")
+        raise OSError("the first reason")
+    assert store.segment_ids().tolist() == []
+
+
+def test_a_mistake_of_the_program_is_not_called_damage(store: Store) -> None:
+    with pytest.raises(sqlite3.ProgrammingError):
+        store._rows("SELECT ?", [1, 2])

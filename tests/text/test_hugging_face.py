@@ -33,6 +33,22 @@ def test_features_are_the_mean_over_a_caption_s_own_tokens(encoder: torch.nn.Mod
     torch.testing.assert_close(encoder(ids)[:1], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_weights_without_a_pooler_are_the_same_at_every_load(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in Path(resolve(PACKAGE)).iterdir():
+        if file.is_file() and file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    state = load_file(Path(resolve(PACKAGE)) / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if "pooler" not in name}
+    assert len(kept) < len(state)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    first, second = (
+        load_encoder("hugging_face", str(tmp_path), max_tokens=64).state_dict() for _ in range(2)
+    )
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_long_captions_are_cut_at_the_limit() -> None:
     encoder = load_encoder("hugging_face", PACKAGE, max_tokens=8)
     assert encoder.tokenize(["word " * 100]).shape == (1, 8)

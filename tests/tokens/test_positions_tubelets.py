@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fluxclip.tokens.positions import GlobalPositions, sincos_3d
 from fluxclip.tokens.tubelets import PatchEmbedding, tubelets
+from fluxclip.training import optimizer
 
 
 @pytest.mark.parametrize("tubelet", [1, 2])
@@ -61,6 +62,23 @@ def test_time_is_interpolated_linearly_then_space_bicubically() -> None:
 def test_a_grid_with_as_many_entries_but_another_shape_is_interpolated() -> None:
     positions = GlobalPositions(4, 4, 32)
     assert not torch.allclose(positions(1, 8, 8), positions(4, 4, 4))
+
+
+def test_the_cache_follows_a_fused_optimizer() -> None:
+    """Which changes parameters without telling PyTorch's version counter."""
+    positions = GlobalPositions(4, 3, 32)
+    adamw = optimizer.adamw(positions, lr=0.1, betas=(0.9, 0.98), weight_decay=0.0)
+    for _ in range(2):
+        positions.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(positions(2, 3, 3), positions._interpolate(2, 3, 3))
+        positions.train()(2, 3, 3).square().sum().backward()
+        adamw.step()
+
+
+def test_a_model_made_for_inference_only_works() -> None:
+    with torch.inference_mode():
+        assert GlobalPositions(4, 3, 32).eval()(2, 3, 3).shape == (18, 32)
 
 
 def test_the_cache_follows_the_parameters() -> None:

@@ -1,15 +1,20 @@
 """Training for real: a few steps on real clips, and what a run leaves behind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from fluxclip import load_model
+from fluxclip.model import weights
 from fluxclip.training import recipe as recipes
-from fluxclip.training.loop import train
+from fluxclip.training.forward import Forward
+from fluxclip.training.loop import dataset, train
+from fluxclip.training.validation import Validation
 
 QUIET = Console(quiet=True)
 
@@ -31,6 +36,7 @@ def changes(tmp_path: Path, emoji: Path) -> list[str]:
         "flux.frames=[2,4,2]", "flux.sides=[28,56,28]", "flux.tokens=[4,64]",
         "flux.budgets=[32,8]", "flux.grids=[[64,4,56],[8,4,28]]",
         "optimizer.steps=40", "optimizer.warmup_steps=4", "validation.every=20",
+        "save_as=fp32",
     ]  # fmt: skip
 
 
@@ -58,6 +64,10 @@ def test_a_run_learns_and_leaves_what_it_promises(changes: list[str], tmp_path: 
     assert list((folder / "tensorboard").iterdir())
     assert recipes.read(folder / "recipe.toml") == read(changes)
     best, last_model = load_model(folder), load_model(folder / "last")
+    # what was validated is what was saved
+    best_row = max(validations, key=lambda row: row["val_mrr"])
+    again = Validation(read(changes).validation).score(best.model)
+    assert again["val_mrr"] == pytest.approx(best_row["val_mrr"], abs=1e-3)
     card = (folder / "best" / "README.md").read_text()
     for wanted in ("Command:", "Seed: 0", "Machine:", "val_mrr", "torch"):
         assert wanted in card
@@ -77,6 +87,45 @@ def test_the_same_recipe_gives_the_same_weights(changes: list[str], tmp_path: Pa
     assert prints[0] == prints[1]
     other = train(read([*short, f"output={tmp_path / 'c'}", "seed=1"]), console=QUIET)
     assert load_model(other / "last").fingerprint != prints[0]
+
+
+def forward_of(changes: list[str]) -> tuple[Forward, Any]:
+    recipe = read(changes)
+    torch.manual_seed(0)
+    model = weights.build(recipe.model_config()).train()
+    data = dataset(recipe)
+    return Forward(model, data.sources, objective="contrastive", align=1.0, seed=0), data[0]
+
+
+def test_random_drop_draws_anew_in_each_step(changes: list[str]) -> None:
+    drop = ["model.scorer=random_drop", "model.drop_path=0.0", "flux.tokens=[64,64]"]
+    forward, step = forward_of([*changes, *drop])
+    losses = [forward(replace(step, number=number))[0].item() for number in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_step_in_bf16_is_close_and_its_contrast_stays_in_fp32(changes: list[str]) -> None:
+    forward, step = forward_of([*changes, "model.drop_path=0.0"])
+    exact, _ = forward(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = forward(step)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), abs=0.05)
+    loss.backward()
+    gradients = [p.grad for p in forward.model.parameters() if p.requires_grad]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+
+
+def test_too_many_unreadable_files_stop_a_run(changes: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    records = json.loads(path.read_text())
+    for i in range(4):
+        bad = tmp_path / f"bad{i}.mp4"
+        bad.write_text("no video")
+        records[i]["video"] = str(bad)
+    path.write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"\d of 24 files cannot be read, more than 10%"):
+        train(read(changes), console=QUIET)
 
 
 def test_the_text_tower_stays_as_it_was(changes: list[str]) -> None:

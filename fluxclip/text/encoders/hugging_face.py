@@ -35,6 +35,8 @@ class HuggingFaceEncoder(TextEncoder):
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load text encoder {source!r}: {reason}") from error
+        # unused, and random where the weights have none: it would make each load another model
+        self.model.pooler = None
         self.width: int = self.model.config.hidden_size
         self.max_tokens = min(max_tokens, self.model.config.max_position_embeddings)
         self.pooling = _pooling(where)
@@ -86,9 +88,21 @@ def resolve(source: str) -> str:
 
 
 def _pooling(where: str) -> str:
-    """ "cls" if a sentence-transformers pooling file beside the weights says so, else "mean"."""
-    path = Path(where) / "1_Pooling" / "config.json"
-    if not path.is_file():
+    """What the sentence-transformers pooling file beside the weights says; "mean" without one."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        where, "1_Pooling/config.json",
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if path is None:
         return "mean"
-    settings = json.loads(path.read_text())
-    return "cls" if settings.get("pooling_mode_cls_token") else "mean"
+    settings = json.loads(Path(path).read_text())
+    wanted = sorted(key for key, value in settings.items() if value is True)
+    if settings.get("pooling_mode") in ("mean", "cls"):  # the form of newer files
+        return str(settings["pooling_mode"])
+    known = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    for key, pooling in known.items():
+        if key in wanted:
+            return pooling
+    raise ValueError(f"text encoder {where!r} pools by {wanted}; known are {sorted(known)}")
