@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,6 +26,7 @@ from fluxclip.evaluation.report import (
     score_cells,
 )
 
+_INTERVAL, _SMALL = re.compile(r"\d+-\d+$"), r"<small>\g<0></small>"  # at the end of a cell
 _PICTURE = 320  # pixels of the longer side in the page: twice what is shown, for sharp displays
 _THUMB, _GAP, _LINE = 176, 14, 19  # pixels in the contact sheet
 _INK, _SOFT, _RIGHT = "#24292f", "#5d6670", "#2e7d4f"
@@ -185,8 +187,8 @@ def _explanation(record: Record) -> str:
         "MRR": "Mean reciprocal rank, times 100: a right answer counts 100 at place 1, 50 at "
         f"place 2, 10 at place 10, and the average is taken. Guessing gives {guess.mrr:.1f}.",
         "Median and mean": "The typical and the average place of the right answer; 1 is best.",
-        "12.0 (7-17)": "The bracket is a 95 % interval: with other queries of the same kind the "
-        "number would fall about there. Differences smaller than the brackets may be luck.",
+        "12.0 7-17": "The small range is a 95 % interval: with other queries of the same kind "
+        "the number would fall about there. Differences smaller than the interval may be luck.",
         "Token budget": "A clip is cut into patches, called tokens, and only as many as the budget "
         "says go through the model. Fewer tokens cost less. Every row is the same model, trained "
         "once. GMAC counts billions of multiplications for one clip.",
@@ -244,10 +246,8 @@ def _table(
     """An HTML table; an interval behind a number is set small."""
 
     def cells(row: Sequence[str]) -> str:
-        return "".join(
-            f"<td>{html.escape(cell).replace(' (', ' <small>(').replace(')', ')</small>')}</td>"
-            for cell in row
-        )
+        escaped = map(html.escape, row)
+        return "".join(f"<td>{_INTERVAL.sub(_SMALL, cell)}</td>" for cell in escaped)
 
     body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
     if guess is not None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fluxclip.evaluation.budgets import Bounds, BudgetResult, Means, Record
 
@@ -65,11 +66,11 @@ def print_table(record: Record, console: Console) -> None:
     """Print the numbers of a record: plain cosine first, cost, and dual softmax apart."""
     data, model = record.data, record.model
     repeated = f", {data.num_repeated_texts} texts repeated" if data.num_repeated_texts else ""
-    console.print(
+    heading = (
         f"{model.name}@{model.fingerprint[:6]} on {data.name}: {data.num_texts} texts "
-        f"(captions={data.captions}{repeated}), {data.num_videos} videos",
-        highlight=False,
+        f"(captions={data.captions}{repeated}), {data.num_videos} videos"
     )
+    console.print(Text(heading))  # Text: brackets and colons in names are no markup
     for direction, title in DIRECTIONS.items():
         scores = [(result, getattr(result.cosine, direction)) for result in record.results]
         table = _table(f"{title}, cosine (R@k in %, 95 % interval)", ["budget", *SCORE_HEADS])
@@ -164,11 +165,11 @@ def budget_name(result: BudgetResult) -> str:
 
 
 def score_cells(score: Means) -> list[str]:
-    """Cells under `SCORE_HEADS`: 12.0 (7-17) is 12.0 with a 95 % interval of 7 to 17."""
+    """Cells under `SCORE_HEADS`: 12.0 7-17 is 12.0 with a 95 % interval of 7 to 17."""
     cells = []
     for metric in METRICS:
         bounds: Bounds | None = getattr(score, f"{metric}_interval", None)
-        interval = "" if bounds is None else f" ({bounds.low:.0f}-{bounds.high:.0f})"
+        interval = "" if bounds is None else f" {bounds.low:.0f}-{bounds.high:.0f}"
         cells.append(f"{getattr(score, metric):.1f}{interval}")
     return [*cells, f"{score.median_rank:.4g}", f"{score.mean_rank:.1f}"]
 
@@ -185,8 +186,15 @@ def cost_cells(result: BudgetResult, num_videos: int) -> list[str]:
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
-    """A table with right-aligned columns."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    """A table with right-aligned columns, close together: scores fit in 80 columns."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        min_width=len(title),
+    )
     for head in heads:
         table.add_column(head, justify="right")
     return table

@@ -11,12 +11,13 @@ class VideoError(ValueError):
     """A file that cannot be read as asked; the message is one line with the path and the reason."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {' '.join(reason.split())}")
+        # Worker processes send errors home pickled: what is made anew from are these two.
+        super().__init__(path, reason)
         self.path = Path(path)
 
-    def __reduce__(self) -> tuple[type["VideoError"], tuple[Path, str]]:
-        # Worker processes send errors home pickled: by default as the message alone.
-        return VideoError, (self.path, str(self).removeprefix(f"{self.path}: "))
+    def __str__(self) -> str:
+        path, reason = self.args
+        return f"{path}: {' '.join(reason.split())}"
 
 
 @dataclass(frozen=True)

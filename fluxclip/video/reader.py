@@ -73,7 +73,8 @@ def read_clip(
         fit: with a side, how the picture becomes square: "crop" takes the largest centred square,
             "squash" the whole picture without keeping its aspect.
         crop: (top, left, bottom, right) as fractions of the picture in [0, 1]: this part instead of
-            what `fit` says. One box for the whole clip. It is met to half a pixel.
+            what `fit` says. One box for the whole clip. Its edges are rounded to pixels; in a
+            video, the box then moves by up to a pixel to where samples of colour begin.
         decoder: a file of `fluxclip.video.decoders`, or a dotted module name.
 
     Raises FileNotFoundError for a missing file; VideoError, with one line that names the path, for

@@ -27,11 +27,13 @@ def read_still(path: Path, framing: Framing) -> Clip:
     """An image as a clip of one frame at time 0.
 
     Orientation (EXIF) is applied, transparency laid over white, resizing is bicubic with the kernel
-    widened when the picture shrinks. Of an animated image the first picture is taken. Raises
-    VideoError for what is no readable image.
+    widened when the picture shrinks. Of an animated image the first picture is taken. Grey pictures
+    of 32 bits a pixel are taken to hold 8 bits if they fit, else 16. Raises VideoError for what is
+    no readable image, or whose range of values is not known (32 bits of which more than 16 are
+    used, floats).
     """
     with _opened(path) as image:
-        picture = _rgb(image)
+        picture = _rgb(image, path)
         width, height = picture.size
         top, left, bottom, right = framing.box(width, height)
         if framing.side is None:
@@ -54,13 +56,24 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise VideoError(path, "not an image that Pillow can read") from error
+    except VideoError:
+        raise
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
         raise VideoError(path, f"a damaged image ({error})") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 255: nearly all white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # convert() would clip to 255: nearly all white
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if image.mode == "F" or low < 0 or high > 65535:
+            reason = (
+                f"its values, {low:g} to {high:g}, have no known range; save it with 8 or 16 bits"
+            )
+            raise VideoError(path, reason)
+        if image.mode != "I" or high > 255:
+            values = values >> 8
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

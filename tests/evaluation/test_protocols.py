@@ -24,6 +24,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "pair.json"
 
 
+def test_one_file_in_two_spellings_is_one_video(path: Path) -> None:
+    (path.parent / "folder").mkdir()
+    spellings = ("a.mp4", "b.mp4", "folder/../a.mp4", str(path.parent / "b.mp4"))
+    path.write_text(json.dumps([{"video": name, "caption": name} for name in spellings]))
+    task = read(path, captions="all")
+    assert task.videos == [path.parent / "a.mp4", path.parent / "b.mp4"]
+    assert task.texts == [spellings[i] for i in (0, 2, 1, 3)]
+
+
 @pytest.mark.parametrize(
     ("captions", "texts", "video_of_text_M"),
     [

@@ -15,15 +15,23 @@ from rich.console import Console
 
 from fluxclip.evaluation.budgets import Record
 from fluxclip.evaluation.page import QueryHits, ShownHit, contact_sheet, html_report
-from fluxclip.evaluation.report import COLOURS, load_record, plot_curve, print_table, save_record
+from fluxclip.evaluation.report import (
+    COLOURS,
+    DIRECTIONS,
+    METRICS,
+    load_record,
+    plot_curve,
+    print_table,
+    save_record,
+)
 from fluxclip.video import read_clip
 
 QUERIES = ("red heart", "a <b>bold</b> & 'quoted' query", "сердце", "dancing")
 
 
-def table(record: Record) -> str:
-    """What print_table writes on a wide screen."""
-    console = Console(file=StringIO(), width=120)
+def table(record: Record, *, width: int = 120) -> str:
+    """What print_table writes on a screen of that many columns."""
+    console = Console(file=StringIO(), width=width)
     print_table(record, console)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
@@ -91,6 +99,32 @@ def test_table_gives_cosine_first_and_dual_softmax_apart(record: Record) -> None
     assert "all queries of the test set at once" in shown
     assert f"{record.results[0].cosine.text_to_video.r1:.1f}" in shown
     assert "guess" in shown
+
+
+def test_scores_fit_in_80_columns(record: Record) -> None:
+    """Every row on one line, also where all is found and the intervals are longest."""
+    perfect = {"r1": 100.0, "r5": 100.0, "r10": 100.0, "mrr": 100.0}
+    longest = {f"{metric}_interval": {"low": 98.0, "high": 100.0} for metric in METRICS}
+    content = record.model_dump()
+    for result in content["results"]:
+        for direction in DIRECTIONS:
+            result["cosine"][direction] |= perfect | longest
+    for each in (record, Record.model_validate(content)):
+        narrow, wide = (
+            [line.rstrip() for line in table(each, width=width).splitlines()] for width in (80, 200)
+        )
+        assert max(map(len, narrow)) <= 80
+        rows = [
+            line for line in wide if re.match(" *(text|video|cost|budget|guess|all|[0-9])", line)
+        ]
+        assert len(rows) == 5 * 5 + 2 and set(rows) <= set(narrow)
+
+
+def test_names_are_shown_as_they_are(record: Record) -> None:
+    content = record.model_dump()
+    content["model"]["name"], content["data"]["name"] = "[red]a[/blue]", "b:smile:"
+    shown = table(Record.model_validate(content))
+    assert shown.startswith(f"[red]a[/blue]@{record.model.fingerprint[:6]} on b:smile:: ")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fluxclip.tokens.selection import Selection, gather, take
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 4),
     num_steps=st.integers(1, 5),

@@ -258,13 +258,19 @@ def scene(assets: Path) -> np.ndarray:
     return np.ascontiguousarray(frames[0, 80:280, 160:480])
 
 
-def sliced(picture: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """The part of a picture in a box of fractions (top, left, bottom, right)."""
+def sliced(
+    picture: np.ndarray, box: tuple[float, float, float, float], *, step: int = 1
+) -> np.ndarray:
+    """The part of a picture in a box of fractions (top, left, bottom, right).
+
+    The box is moved up and left to where multiples of `step` pixels begin.
+    """
     height, width = picture.shape[:2]
     top, left, bottom, right = (
         int(fraction * size + 0.5) for fraction, size in zip(box, (height, width) * 2, strict=True)
     )
-    return picture[top:bottom, left:right]
+    up, back = top % step, left % step
+    return picture[top - up : bottom - up, left - back : right - back]
 
 
 def resized(picture: np.ndarray, side: int) -> np.ndarray:
@@ -298,16 +304,38 @@ def test_fit(tmp_path: Path, scene: np.ndarray, size: tuple[int, int], side: int
 
 
 def test_crop_is_a_slice(film: Path) -> None:
-    """But for the colour of pixels at its edges, which is interpolated from its own side only."""
+    """It begins where a sample of colour does.
+
+    Colour at its edges is interpolated from its own side only.
+    """
     rng = np.random.default_rng(3)
     whole = read_clip(film, times_s=[12.0, 30.0]).frames_THWC
     boxes = [random_crop(rng, (0.05, 1.0), (0.5, 2.0), 16 / 9) for _ in range(6)]
     for box in [*boxes, (0.25, 0.1, 0.75, 0.55), (0.0, 0.0, 1.0, 1.0)]:
         part = read_clip(film, times_s=[12.0, 30.0], crop=box).frames_THWC
-        assert distance(part[0], sliced(whole[0], box)) < 1.5
+        assert distance(part[0], sliced(whole[0], box, step=2)) < 1.5
         for side in (48, 224):
             scaled = read_clip(film, times_s=[30.0], side=side, crop=box).frames_THWC[0]
-            assert distance(scaled, resized(sliced(whole[1], box), side)) < 1.5, (box, side)
+            assert distance(scaled, resized(sliced(whole[1], box, step=2), side)) < 1.5, (box, side)
+
+
+@pytest.mark.parametrize("rotation", [None, 90])
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv420p10le", "yuv422p10le", "nv12"])
+def test_a_crop_keeps_the_colour(tmp_path: Path, pixels: str, rotation: int | None) -> None:
+    """Wherever it begins: a sample of colour is that of two pixels."""
+    codec, suffix = ("rawvideo", "nut") if pixels == "nv12" else ("libx264", "mp4")
+    picture = np.full((40, 62, 3), (200, 60, 30), np.uint8)
+    path = write_video(
+        tmp_path / f"c.{suffix}", [picture], codec=codec, pixels=pixels, rotation=rotation
+    )
+    info = probe(path)
+    for top, left in ((0, 11), (11, 0), (11, 11), (10, 10), (info.height - 1, info.width - 1)):
+        box = (top / info.height, left / info.width, 1.0, 1.0)
+        native = read_clip(path, num_frames=1, crop=box).frames_THWC[0]
+        assert native.shape == (info.height - top, info.width - left, 3)
+        scaled = read_clip(path, num_frames=1, crop=box, side=20).frames_THWC[0]
+        for frame in (native, scaled):
+            assert np.abs(frame.astype(int) - (200, 60, 30)).max() <= 3
 
 
 @pytest.mark.parametrize("box", [(0.5, 0.5, 0.504, 0.503), (0.0, 0.9999, 1.0, 1.0)])

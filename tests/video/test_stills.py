@@ -105,6 +105,12 @@ def test_other_kinds_of_pixels(tmp_path: Path) -> None:
     grey16 = read_clip(tmp_path / "grey16.png", num_frames=1).frames_THWC[0]
     np.testing.assert_array_equal(grey16[..., 0], np.arange(256).reshape(16, 16))
 
+    for highest, shift in ((255, 0), (256, 8), (65535, 8)):
+        deep = np.linspace(0, highest, 256).round().astype(np.int32).reshape(16, 16)
+        Image.fromarray(deep).save(tmp_path / "deep.tiff")
+        grey32 = read_clip(tmp_path / "deep.tiff", num_frames=1).frames_THWC[0]
+        np.testing.assert_array_equal(grey32[..., 0], deep >> shift)
+
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.save(tmp_path / "palette.png", transparency=0)
@@ -114,6 +120,17 @@ def test_other_kinds_of_pixels(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
     red = read_clip(tmp_path / "print.jpg", num_frames=1).frames_THWC[0, 0, 0]
     np.testing.assert_allclose(red.astype(int), [255, 0, 0], atol=3)
+
+
+@pytest.mark.parametrize(
+    "values", [np.float32([[0, 0.5]]), np.int32([[0, 65536]]), np.int32([[-1, 255]])]
+)
+def test_values_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    path = tmp_path / "depth.tiff"
+    Image.fromarray(values).save(path)
+    with pytest.raises(VideoError, match="no known range; save it with 8 or 16 bits") as caught:
+        read_clip(path, num_frames=1)
+    assert str(caught.value).startswith(f"{path}: its values") and "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_images(tmp_path: Path, emoji: Path) -> None:

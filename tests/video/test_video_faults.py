@@ -1,7 +1,11 @@
 """Files that cannot be read: one line that names path and reason, and never a wrong frame."""
 
+import gc
 import pickle
 import shutil
+import weakref
+from collections import Counter
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +15,8 @@ import pytest
 from video_files import decode_all, grey_pictures, on_screen, remux, write_video
 
 from fluxclip.video import Clip, VideoError, probe, read_clip
+from fluxclip.video.decoders import pyav
+from fluxclip.video.framing import Framing
 
 
 @pytest.fixture
@@ -314,7 +320,53 @@ def test_names_that_look_like_addresses_are_files(
 
 
 def test_errors_travel_between_processes(tmp_path: Path) -> None:
-    error = VideoError(tmp_path / "a.mp4", "two\n lines")
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is VideoError and again.path == error.path
-    assert str(again) == str(error) == f"{tmp_path}/a.mp4: two lines"
+    for path in (tmp_path / "a.mp4", "./a.mp4"):
+        error = VideoError(path, "two\n lines")
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is VideoError and again.path == error.path == Path(path)
+        assert str(again) == str(error) == f"{path}: two lines"
+
+
+def test_pixels_that_cannot_be_converted(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.nut", grey_pictures(2), codec="rawvideo", pixels="rgb4")
+    refused(path, r"its pictures \(rgb4\) cannot be converted", num_frames=1)
+    refused(path, r"its pictures \(rgb4\) cannot be converted", num_frames=1, side=16)
+
+
+def test_a_closed_file_leaves_nothing_to_the_garbage_collector(
+    clip_path: Path, tmp_path: Path
+) -> None:
+    """Read as wanted, refused half way, or refused on opening."""
+    broken = write_video(tmp_path / "a.nut", grey_pictures(2), codec="rawvideo", pixels="rgb4")
+    cut = remux(clip_path, tmp_path / "cut.mp4", movflags="faststart")
+    cut.write_bytes(cut.read_bytes()[:4000])
+
+    def alive() -> Counter[str]:
+        kinds = (type(thing) for thing in gc.get_objects())
+        names = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+        return Counter(name for name in names if name.startswith(("av.", pyav.__name__)))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        with pyav.open_video(clip_path) as video:
+            watched = weakref.ref(video)
+            assert alive() > before
+        del video
+        assert watched() is None
+        read_clip(clip_path, num_frames=3, side=32, crop=(0.1, 0.1, 0.5, 0.5))
+        for path in (broken, cut):
+            with suppress(VideoError):  # pytest.raises would leave a cycle of its own
+                read_clip(path, num_frames=1)
+                pytest.fail("it can be read")
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
+def test_an_error_that_is_kept_keeps_no_pictures(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.nut", grey_pictures(2), codec="rawvideo", pixels="rgb4")
+    with pytest.raises(VideoError), pyav.open_video(path) as video:
+        video.read(np.zeros(1), Framing())
+    assert not vars(video)

@@ -1,5 +1,6 @@
 """A retrieval task from an annotation file, `[{"video": path, "caption": str | [str, ...]}]`."""
 
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -15,15 +16,17 @@ def read(path: str | Path, *, captions: Captions = "first") -> RetrievalTask:
     `captions` says what a query is: "first" the first caption of each video, "all" each caption
     on its own (MSVD, VATEX), "joined" all captions of a video joined with a space (paragraph
     retrieval: DiDeMo, ActivityNet). The three give numbers that cannot be compared. Records that
-    name the same file are one video with the captions of all of them. Raises FileNotFoundError
-    and ValueError as `fluxclip.data.sources.annotations.read`.
+    name the same file, in whatever spelling, are one video with the captions of all of
+    them. Raises FileNotFoundError and ValueError as `fluxclip.data.sources.annotations.read`.
     """
     if captions not in get_args(Captions):
         known = ", ".join(get_args(Captions))
         raise ValueError(f"unknown choice of captions {captions!r}; known: {known}")
+    first_spelling: dict[str, Path] = {}
     captions_of: dict[Path, list[str]] = {}
     for record in annotations.read(path):
-        captions_of.setdefault(record.video, []).extend(record.captions)
+        video = first_spelling.setdefault(os.path.abspath(record.video), record.video)
+        captions_of.setdefault(video, []).extend(record.captions)
     texts: list[str] = []
     video_of_text_M: list[int] = []
     for index, own in enumerate(captions_of.values()):

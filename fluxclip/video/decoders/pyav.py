@@ -1,11 +1,12 @@
 """Videos through PyAV, whose wheel carries FFmpeg: nothing to install, the same on every machine.
 
 Only what is needed is decoded: from the keyframe before a wanted time up to that time. Only frames
-that are returned are scaled and converted to RGB.
+that are returned are scaled and converted to RGB. A file that does not state where it ends (.mpg,
+some recordings) is read through once more, without decoding, each time it is opened.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -75,15 +76,23 @@ class PyavVideo:
         self._scaler = VideoReformatter()
         self._cutter_key: tuple[object, ...] = ()
         self._may_skim = True
-        self._on_screen = self._start()
-        # Times count from the first frame that can be decoded. What a container calls its start may
-        # be earlier: a stream can begin with frames that refer to others that were cut off.
-        self._origin_pts = self._pts(self._on_screen)
+        self._container, self._stream = _open(path)
         self._following: av.VideoFrame | None = None
-        self.info = self._describe()
+        try:
+            self._on_screen = self._start()
+            # Times count from the first frame that can be decoded. What a container calls its start
+            # may be earlier: a stream can begin with frames that refer to others that were cut off.
+            self._origin_pts = self._pts(self._on_screen)
+            self.info = self._describe()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
+        """Free all that the file holds; there is nothing left to read or to know."""
+        self._frames.close()  # it refers back to this object: a cycle
         self._container.close()
+        vars(self).clear()  # an error that is kept keeps this object, but not pictures and decoder
 
     def read(
         self, times_s: npt.NDArray[np.float64], framing: Framing
@@ -103,8 +112,8 @@ class PyavVideo:
         return np.stack(pictures), np.array(shown_s)
 
     def _start(self) -> av.VideoFrame:
-        """Open the file, afresh if it is open, and decode the first frame."""
-        self._container, self._stream = _open(self._path)
+        """Decode the first frame of the file, which has just been opened."""
+        self._frames = self._decode()
         # One thread: whoever reads many files does so from as many workers as there are cores, and
         # threads of one file only pay when it is read from end to end.
         self._stream.codec_context.thread_count = 1
@@ -115,13 +124,12 @@ class PyavVideo:
         self._can_seek = self._container.format.name != _PROGRAM_STREAM
         self._reached_s = -math.inf
         self._skim_until_pts = self._skimmed_pts = _NEVER
-        self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
             raise VideoError(self._path, "no picture in it can be decoded")
         return first
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self) -> Generator[av.VideoFrame, None, None]:
         """Frames in the order they are shown, from where the container stands."""
         started = False
         try:
@@ -230,6 +238,7 @@ class PyavVideo:
                 pass  # some containers end up behind their last frame, or cannot seek at all
             back_s = max(1.0, 2 * back_s)
         self._container.close()
+        self._container, self._stream = _open(self._path)
         self._on_screen, self._following = self._start(), None
 
     def _is_at_keyframe_before(self, time_s: float) -> bool:
@@ -255,30 +264,41 @@ class PyavVideo:
             height, width = width, height
         # Cut, then scale and convert in one pass: the other way round, pixels of the scaled picture
         # would be too coarse to cut at, and a small part would scale up all the rest.
-        part, side = self._cut(frame, rows, columns), framing.side
+        side = framing.side
         has_alpha = any(component.is_alpha for component in frame.format.components)
         colours = "rgba" if has_alpha else "rgb24"
-        scaled = self._scaler.reformat(
-            part, side, side, colours, interpolation=_SCALING, threads=1
-        ).to_ndarray()
+        try:
+            part = self._cut(frame, rows, columns)
+            scaled = self._scaler.reformat(
+                part, side, side, colours, interpolation=_SCALING, threads=1
+            ).to_ndarray()
+        except av.FFmpegError as error:
+            reason = f"its pictures ({frame.format.name}) cannot be converted ({error.strerror})"
+            raise VideoError(self._path, reason) from error
         rgb = _over_white(scaled) if has_alpha else scaled.astype(np.uint8, copy=False)
         return np.rot90(rgb, turns)
 
     def _cut(
         self, frame: av.VideoFrame, rows: tuple[int, int], columns: tuple[int, int]
     ) -> av.VideoFrame:
-        """[start, stop) rows and columns of a frame, without copying them."""
+        """[start, stop) rows and columns of a frame, without copying them.
+
+        Where colour is stored at a lower resolution, the part begins at an even row and column, one
+        to the left or above if need be: at an odd one FFmpeg mixes up the bytes of the colours.
+        """
         size = columns[1] - columns[0], rows[1] - rows[0]
         if size == (frame.width, frame.height):
             return frame
-        key = (frame.width, frame.height, frame.format.name, rows, columns)
+        is_subsampled = (frame.format.chroma_width(2), frame.format.chroma_height(2)) != (2, 2)
+        x, y = (start - start % 2 if is_subsampled else start for start in (columns[0], rows[0]))
+        key = (frame.width, frame.height, frame.format.name, size, x, y)
         if key != self._cutter_key:
             self._cutter_key, self._cutter = key, Graph()
             self._cutter.threads = 1
             source = self._cutter.add_buffer(
                 width=frame.width, height=frame.height, format=frame.format, time_base=self._tick
             )
-            where = f"w={size[0]}:h={size[1]}:x={columns[0]}:y={rows[0]}:exact=1"
+            where = f"w={size[0]}:h={size[1]}:x={x}:y={y}:exact=1"
             self._cutter.link_nodes(
                 source, self._cutter.add("crop", where), self._cutter.add("buffersink")
             ).configure()
