@@ -1,26 +1,39 @@
 """The console command as a user types it: what works, and what mistakes answer."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fluxclip import cli
+
 ROOT = Path(__file__).resolve().parents[1]
-FLUXCLIP = Path(sys.executable).parent / "fluxclip"
 
 
-def fluxclip(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [str(FLUXCLIP), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+def fluxclip(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """What the console script does, in this process: torch is imported once for all tests.
+
+    The installed command itself is run by test_readme.py.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["fluxclip", *map(str, arguments)]
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    code = int(stop.value.code or 0)
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
-def refused(*arguments: object, cwd: Path | None = None) -> str:
+def refused(*arguments: object) -> str:
     """The one line that a mistake answers, with exit code 2 and no traceback."""
-    done = fluxclip(*arguments, cwd=cwd)
+    done = fluxclip(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("fluxclip: ")]
     assert len(lines) == 1, done.stderr
@@ -257,6 +270,7 @@ def test_usage_mistakes_are_one_line_too() -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    done = fluxclip("--debug", "train", "gone.toml")
+    command = [sys.executable, "-m", "fluxclip.cli", "--debug", "train", "gone.toml"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
