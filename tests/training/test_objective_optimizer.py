@@ -56,7 +56,7 @@ def test_views_are_averaged_and_smaller_ones_drawn_to_the_largest_only() -> None
     views = [unit(4, 8, seed=i).requires_grad_() for i in range(3)]
     text, scale = unit(4, 8, seed=9), torch.tensor(5.0)
     same = torch.eye(4, dtype=torch.bool)
-    single = [float(contrastive.loss([v], text, scale, same, align=0.0)[0]) for v in views]
+    single = [contrastive.loss([v], text, scale, same, align=0.0)[0].item() for v in views]
     without, _ = contrastive.loss(views, text, scale, same, align=0.0)
     with_align, parts = contrastive.loss(views, text, scale, same, align=2.0)
     assert float(without) == pytest.approx(sum(single) / 3)
