@@ -53,8 +53,9 @@ def main() -> None:
             err.print(f"fluxclip: {message} (see fluxclip --help)")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        err.print("fluxclip: stopped; what was finished is kept")
         code = 130
+    except SystemExit as error:  # what typer makes of Ctrl-C
+        code = error.code
     except BrokenPipeError:
         # the reader of a pipe, such as head, has gone: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,6 +72,8 @@ def main() -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         err.print(f"fluxclip: internal error: {reason}; please report it with --debug's traceback")
         code = 2
+    if code == 130:
+        err.print("fluxclip: stopped; what was finished is kept")
     sys.exit(code if isinstance(code, int) else 0)
 
 
