@@ -10,15 +10,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fluxclip.data.sources.annotations import Record
+from fluxclip.settings import settings
 from fluxclip.tokens.budget import Draw, FluxSampling
 from fluxclip.video import Clip, VideoError, VideoInfo, is_image, probe, read_clip
 from fluxclip.video.framing import pixel_span
@@ -29,12 +31,19 @@ from fluxclip.video.transforms import flip, resize, to_float
 _SIDED = re.compile(r"\b(left|right)(wards?)?\b|\b(anti|counter)?clockwise\b", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Augment:
-    """crop_area, crop_aspect: ranges of the crop's share of the picture and of width / height."""
+Share = Annotated[float, Field(gt=0, le=1)]
 
-    crop_area: tuple[float, float] = (0.5, 1.0)
-    crop_aspect: tuple[float, float] = (0.75, 1.333)
+
+@settings
+class Augment:
+    """One crop per clip: its share of the picture's area and range of aspect; flips left-right.
+
+    Captions that say left or right are never flipped. vary_time draws each frame within its part
+    of the clip instead of at its middle.
+    """
+
+    crop_area: tuple[Share, Share] = (0.5, 1.0)
+    crop_aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.333)
     flip: bool = True
     vary_time: bool = True
 

@@ -1,6 +1,5 @@
 """Pre-training: a recipe in, a run folder with the best and the last model out."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -102,5 +101,4 @@ def dataset(recipe: Recipe) -> loader.Steps:
         )
         for s in recipe.data
     ]  # fmt: skip
-    augment = loader.Augment(**asdict(recipe.augment))
-    return loader.Steps(sources, recipe.sampling(), augment, seed=recipe.seed)
+    return loader.Steps(sources, recipe.sampling(), recipe.augment, seed=recipe.seed)

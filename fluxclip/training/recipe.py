@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from fluxclip.data.loader import Augment
 from fluxclip.model.presets import (
     FluxCLIPConfig,
     PreprocessConfig,
@@ -22,7 +23,6 @@ from fluxclip.model.presets import (
 from fluxclip.settings import parse, settings
 from fluxclip.tokens.budget import FluxSampling, GridTable
 
-Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -72,20 +72,6 @@ class SourceRecipe:
 
 
 @settings
-class AugmentRecipe:
-    """One crop per clip: its share of the picture's area and range of aspect; flips left-right.
-
-    Captions that say left or right are never flipped. vary_time draws each frame within its part
-    of the clip instead of at its middle.
-    """
-
-    crop_area: tuple[Share, Share] = (0.5, 1.0)
-    crop_aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.333)
-    flip: bool = True
-    vary_time: bool = True
-
-
-@settings
 class OptimizerRecipe:
     """AdamW, linear warm-up, cosine to final_lr * lr; the gradient norm is cut at clip_norm."""
 
@@ -128,7 +114,7 @@ class Recipe:
     validation: ValidationRecipe
     model: ModelRecipe = field(default_factory=ModelRecipe)
     text: TextConfig = field(default_factory=TextConfig)
-    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    augment: Augment = field(default_factory=Augment)
     objective: str = "contrastive"
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
