@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from retrieval import AddReport
 
 app = typer.Typer(
@@ -28,11 +28,6 @@ app = typer.Typer(
 )
 index_app = typer.Typer(help="Build and keep a collection of videos.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
-
-# results go to standard output, everything said on the way to standard error
-# and names of files are printed as they are, whatever brackets and colons are in them
-out = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
-err = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Option(help="folder, run folder, shipped name, hf:// or open_clip:")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per line")]
@@ -48,9 +43,9 @@ def main() -> None:
     except typer.TyperException as error:
         message = getattr(error, "format_message", error.__str__)()
         if "\n" in message:  # no arguments: the help
-            err.print(message)
+            _say(message)
         else:
-            err.print(f"fluxclip: {message} (see fluxclip --help)")
+            _say(f"fluxclip: {message} (see fluxclip --help)")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -64,16 +59,17 @@ def main() -> None:
         if debug:
             raise
         for line in (str(error) or type(error).__name__).splitlines():
-            err.print(f"fluxclip: {line}")
+            _say(f"fluxclip: {line}{_notes(error)}")
         code = 2
     except Exception as error:  # ours, not the user's
         if debug:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        err.print(f"fluxclip: internal error: {reason}; please report it with --debug's traceback")
+        reason += _notes(error)
+        _say(f"fluxclip: internal error: {reason}; please report it with --debug's traceback")
         code = 2
     if code == 130:
-        err.print("fluxclip: stopped; what was finished is kept")
+        _say("fluxclip: stopped; what was finished is kept")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -81,7 +77,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from fluxclip import __version__
 
-        out.print(f"fluxclip {__version__}")
+        print(f"fluxclip {__version__}")
         raise typer.Exit
 
 
@@ -100,18 +96,26 @@ def _options(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="a TOML file, such as configs/emoji.toml")],
+    recipe: Annotated[str, typer.Argument(help="a TOML file, such as configs/demo.toml")],
     set: Annotated[
         list[str] | None, typer.Option(help="change a value, as in optimizer.lr=1e-4; repeatable")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest state of the recipe's run")
+    ] = False,
 ) -> None:
-    """Pre-train a model as a recipe says."""
+    """Pre-train a model as a recipe says.
+
+    Ctrl-C and SIGTERM finish the step and save a state before they stop the run, with exit codes
+    130 and 143; a second Ctrl-C stops at once.
+    """
     from fluxclip.training import recipe as recipes
     from fluxclip.training.loop import train
 
     command = shlex.join(["fluxclip", *sys.argv[1:]])
-    folder = train(recipes.read(recipe, set or ()), console=err, command=command)
-    out.print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
+    settings = recipes.read(recipe, set or ())
+    folder = train(settings, resume=resume, console=_console("stderr"), command=command)
+    print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
 
 
 @app.command("eval")
@@ -139,10 +143,10 @@ def evaluate(
     embedder = load_model(model)
     with _progress("embed") as advance:
         record = evaluate(embedder, task, budgets=wanted, on_progress=advance)
-    report.print_table(record, out)
+    report.print_table(record, _console("stdout"))
     report.save_record(record, folder / "record.json")
     report.plot_curve([record], folder / "curve.png")
-    out.print(f"record: {folder / 'record.json'}\nplot: {folder / 'curve.png'}")
+    print(f"record: {folder / 'record.json'}\nplot: {folder / 'curve.png'}")
 
 
 @app.command()
@@ -168,7 +172,7 @@ def embed(
         for done, file in enumerate(files, start=1):
             try:
                 vectors.append(embedder.embed_video([file], token_budget=token_budget))
-            except (VideoError, FileNotFoundError) as error:
+            except (VideoError, OSError) as error:
                 failed[file] = str(error)
             advance(done, len(files))
     if vectors:
@@ -176,10 +180,35 @@ def embed(
         np.savez(
             output, vectors=np.concatenate(vectors), files=good, fingerprint=embedder.fingerprint
         )
-        out.print(f"{output}: {len(good)} vectors of {embedder.dim} from {embedder.name}")
+        print(f"{output}: {len(good)} vectors of {embedder.dim} from {embedder.name}")
     _list_failed("not embedded", failed)
     if failed:
         raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="as --model of other verbs")],
+    output: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+    captions: Annotated[
+        Path | None, typer.Option(help="annotations: compare the vectors of these captions too")
+    ] = None,
+) -> None:
+    """Write a model's text tower as ONNX: text to unit vectors without torch.
+
+    `index create` does so for its collection; COLLECTION/text_encoder is where it belongs.
+    """
+    from fluxclip.data.sources import annotations
+    from retrieval import export_text_encoder
+
+    records = annotations.read(captions, check_files=False) if captions else []
+    texts = [caption for record in records for caption in record.captions]
+    made = export_text_encoder(model, output, captions=texts)
+    print(
+        f"{output}: text tower of {made['model_name']} with {made['weights']} weights; cosine to "
+        f"the model's own vectors {made['lowest_cosine']} or more, {made['mean_cosine']} on "
+        f"average of {made['captions']} captions"
+    )
 
 
 @index_app.command("create")
@@ -198,10 +227,15 @@ def index_create(
         collection, model=model, token_budget=token_budget, window_s=window_s
     ) as made:
         info = made.info()
-    out.print(
+    print(
         f"{collection}: an empty collection for {info['model_name']}, {info['dim']} numbers "
         f"a segment"
     )
+    if not info["text_encoder"]:
+        _say(
+            "note: a search by text will load the model, which takes seconds; "
+            "fluxclip export says why"
+        )
 
 
 @index_app.command("add")
@@ -233,7 +267,7 @@ def index_add(
             }
         )
     else:
-        out.print(
+        print(
             f"{collection}: {report.added} added, {report.skipped} skipped, "
             f"{len(report.failed)} failed; {segments} segments now"
         )
@@ -250,7 +284,7 @@ def index_remove(
     with Collection.open(collection) as opened:
         for video in videos:
             removed = opened.remove(video=video)
-            out.print(f"{video}: {removed} segments removed")
+            print(f"{video}: {removed} segments removed")
 
 
 @index_app.command("info")
@@ -264,7 +298,9 @@ def index_info(collection: Path, json: AsJson = False) -> None:
         _print_json(info)
         return
     for key, value in info.items():
-        out.print(f"{key}: {value}")
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {number}" for part, number in value.items())
+        print(f"{key}: {value}")
 
 
 @index_app.command("check")
@@ -276,10 +312,10 @@ def index_check(collection: Path) -> None:
         found = opened.check()
     for kind in ("problems", "fixed", "missing_files"):
         for line in getattr(found, kind):
-            out.print(f"{kind.replace('_', ' ')}: {line}")
+            print(f"{kind.replace('_', ' ')}: {line}")
     if found.problems:
         raise typer.Exit(2)
-    out.print(f"{collection} is sound")
+    print(f"{collection} is sound")
 
 
 @index_app.command("rebuild")
@@ -292,7 +328,7 @@ def index_rebuild(
 
     with Collection.open(collection) as opened:
         opened.rebuild(index=index)
-        out.print(f"{collection}: {opened.info()['index']} index of {len(opened)} segments")
+        print(f"{collection}: {opened.info()['index']} index of {len(opened)} segments")
 
 
 @app.command()
@@ -324,10 +360,10 @@ def search(
             _print_json(hit.to_dict())
     for place, hit in enumerate([] if json else hits, start=1):
         span = f"{hit.start_s:7.2f} - {hit.end_s:7.2f} s"
-        out.print(f"{place:3d}  {hit.score:.3f}  {span}  {hit.video}")
+        print(f"{place:3d}  {hit.score:.3f}  {span}  {hit.video}")
     if len(hits) < k:
         what = "that match" if conditions else f"in a collection of {size} segments"
-        err.print(f"note: {len(hits)} hits {what}; {k} were asked for")
+        _say(f"note: {len(hits)} hits {what}; {k} were asked for")
 
 
 @app.command()
@@ -339,8 +375,8 @@ def demo(
     """Train, score, index and search on real clips in a few minutes, and write a report."""
     from fluxclip.demo import run
 
-    report = run(output, console=err)
-    out.print(f"report: {report}")
+    report = run(output, console=_console("stderr"))
+    print(f"report: {report}")
 
 
 @app.command()
@@ -354,7 +390,7 @@ def doctor(json: AsJson = False) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
-        out.print(f"{name:{width}}  {value}")
+        print(f"{name:{width}}  {value}")
 
 
 def _budgets(text: str) -> list[int | None]:
@@ -394,7 +430,27 @@ def _report_failures(report: "AddReport") -> None:
 
 def _list_failed(what: str, failed: Mapping[str, str]) -> None:
     for path, reason in failed.items():
-        err.print(f"fluxclip: {what}: {reason if path in reason else f'{path}: {reason}'}")
+        _say(f"fluxclip: {what}: {reason if path in reason else f'{path}: {reason}'}")
+
+
+def _notes(error: Exception) -> str:
+    """What was noted on an error's way up, such as the file that was being read, in brackets."""
+    notes = dict.fromkeys(getattr(error, "__notes__", ()))
+    return f" ({'; '.join(' '.join(note.split()) for note in notes)})" if notes else ""
+
+
+def _say(text: str) -> None:
+    """What is said on the way; results alone go to standard output."""
+    print(text, file=sys.stderr)
+
+
+def _console(stream: Literal["stdout", "stderr"]) -> "Console":
+    """For tables and what moves. Names of files come out as they are, brackets or not."""
+    from rich.console import Console  # a search does without
+
+    return Console(
+        stderr=stream == "stderr", markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
 
 
 def _as_file_name(name: str) -> str:
@@ -410,9 +466,13 @@ def _print_json(value: dict[str, Any]) -> None:
 @contextmanager
 def _progress(verb: str) -> Iterator[Any]:
     """A bar on a terminal's standard error; yields `advance(done, total)`."""
-    bar = Progress(
-        TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=err, transient=True, disable=not err.is_terminal,
+    from rich import progress
+
+    console = _console("stderr")
+    bar = progress.Progress(
+        progress.TextColumn(verb), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     task = bar.add_task(verb, total=None)
     with bar:

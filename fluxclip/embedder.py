@@ -108,6 +108,20 @@ class Embedder:
                 vectors[rows] = self.model.encode_text(ids).float().cpu().numpy()
         return vectors
 
+    def export_text(self, folder: str | Path) -> None:
+        """Write what answers texts without torch into an existing folder; takes seconds.
+
+        `fp32.onnx` and `int8.onnx` (ids (B, L) to unit vectors (B, dim)) and `tokenizer.json`.
+        Raises ValueError in one line where the text tower has no such form, as open_clip's.
+        """
+        if not isinstance(self.model, FluxCLIP):
+            raise ValueError(
+                f"the text tower of {self.name!r} is open_clip's, which stays in torch"
+            )
+        from fluxclip.model import text_export  # imports ONNX
+
+        text_export.write(self.model, Path(folder))
+
     def _encode(self, frames_BTHWC: torch.Tensor, token_budget: int | None) -> Vectors:
         settings = self.model.preprocess
         frames = frames_BTHWC.to(self.device)

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -27,6 +28,7 @@ from .ingest import (
     full_path,
     vector_problem,
 )
+from .query_encoder import FOLDER, QueryEncoder, export_text_encoder
 from .store import DATABASE, MetadataValue, SegmentRow, Store, encode_metadata, now, refuse_existing
 
 TEXTS_PER_BATCH = 256
@@ -76,7 +78,8 @@ class AddReport:
 class CheckReport:
     """What `Collection.check` found.
 
-    problems: damage in SQLite that it cannot mend. fixed: what was wrong with the cache.
+    problems: damage that it cannot mend. fixed: what was wrong with the cache, or left unfinished
+    by killed processes, and is not any more.
     missing_files: videos whose file is gone; they stay searchable.
     """
 
@@ -91,7 +94,9 @@ class Collection:
     Made by `create` or `open`; a context manager. `len` is the number of segments. SQLite is the
     truth, `index.faiss` a cache that may be deleted. Use it from the thread that opened it; other
     processes may search meanwhile, one at a time may write. What needs the model loads it when it
-    is first needed: adding new files, and queries by text, video or image.
+    is first needed: adding new files and texts, and queries by video or image. Queries by text are
+    answered by the text tower that `create` exports into the folder, where the model has one that
+    can be: without loading it, and for everyone alike.
     """
 
     def __init__(self, store: Store, model: Embedder | None = None) -> None:
@@ -127,20 +132,28 @@ class Collection:
             raise ValueError(f"window_s must be more than 0 seconds, got {window_s!r}")
         embedder = _load(model)
         embedder.grid(token_budget)  # the model refuses a budget it cannot serve
-        Store.create(
-            folder,
-            {
-                "collection_id": uuid4().hex,  # tells its index.faiss from another collection's
-                "created_at": now(),
-                "model_source": str(getattr(embedder, "source", embedder.name)),
-                "model_name": embedder.name,
-                "fingerprint": embedder.fingerprint,
-                "dim": embedder.dim,
-                "token_budget": token_budget,
-                "window_s": float(window_s),
-                "index": "Flat",
-            },
-        )
+        settings = {
+            "collection_id": uuid4().hex,  # tells its index.faiss from another collection's
+            "created_at": now(),
+            "model_source": str(getattr(embedder, "source", embedder.name)),
+            "model_name": embedder.name,
+            "fingerprint": embedder.fingerprint,
+            "dim": embedder.dim,
+            "token_budget": token_budget,
+            "window_s": float(window_s),
+            "index": "Flat",
+        }
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # exported first, as it takes seconds: a collection that is there is whole
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            exported = Path(temporary) / FOLDER
+            try:
+                export_text_encoder(embedder, exported)
+            except ValueError as error:
+                _log.info("collection %r: queries by text need the model: %s", folder.name, error)
+            Store.create(folder, settings)
+            if exported.exists():
+                exported.rename(folder / FOLDER)
         return cls(Store(folder), embedder)
 
     @classmethod
@@ -276,9 +289,9 @@ class Collection:
             )
         encode_metadata(where)
         query_D = self._query(text, video, image, vector)
-        with self._store.snapshot():
-            if target == "text":
-                return self._best_texts(query_D, k)
+        if target == "text":
+            return self._best_texts(query_D, k)
+        with self._cache.snapshot():
             hits = [
                 Hit(
                     row.id,
@@ -290,7 +303,7 @@ class Collection:
                 )
                 for row, score in self._best_segments(query_D, k, where, group_by == "video")
             ]
-        self._cache.save_if_free()
+        self._cache.merge_if_free()
         return hits
 
     def remove(
@@ -322,7 +335,7 @@ class Collection:
         return removed
 
     def check(self) -> CheckReport:
-        """Look at everything that is stored, and make the cache anew if it is not right."""
+        """Look at everything that is stored, and mend what a kill or a damage left of the cache."""
         problems = self._store.problems()
         if problems:  # what else is read from a damaged file says nothing
             return CheckReport(tuple(problems), (), ())
@@ -335,8 +348,12 @@ class Collection:
                 problems.append(
                     f"the vector of segment {id} is {wrong}: remove {path!r} and add it again"
                 )
-        reason = None if problems or not len(self) else self._cache.verify()
-        fixed = [f"the index was made anew: {reason}"] if reason else []
+        fixed: list[str] = []
+        if not problems:
+            try:
+                fixed += self._store.remove_unfinished() + self._cache.mend()
+            except OSError as error:
+                problems.append(f"what is wrong beside the videos cannot be mended: {error}")
         missing = [path for path in self._store.files() if not os.path.exists(path)]
         return CheckReport(tuple(problems), tuple(fixed), tuple(missing))
 
@@ -345,24 +362,31 @@ class Collection:
 
         index: a FAISS factory string, kept from now on. "Flat", the default of a collection,
         compares with every vector; others are approximate, but their scores are exact, and so is
-        a search with `where`. ValueError for an unknown one or for too few vectors.
+        a search with `where`. ValueError for an unknown one or for too few vectors, OSError if the
+        file cannot be written.
         """
         with self._store.sole_writer():
-            self._cache.rebuild(index or self._store.settings()["index"])
-            if index is not None:
-                self._store.set_setting("index", index)
-            self._refresh_cache()
+            self._cache.rebuild(index or self._store.settings()["index"], or_flat=index is None)
 
     def info(self) -> dict[str, Any]:
-        """What it holds and how it was made, as plain values."""
+        """What it holds and how it was made, as plain values.
+
+        text_encoder: the weights of the exported text tower, and how near its vectors are to the
+        model's own; None where queries by text load the model.
+        """
         settings = self._store.settings()
         hidden = ("collection_id", "model_source")
-        files = [entry for entry in self._store.folder.iterdir() if entry.is_file()]
+        files = [entry for entry in self._store.folder.rglob("*") if entry.is_file()]
+        stated = ("weights", "lowest_cosine", "mean_cosine", "captions")
+        text_encoder = self._query_encoder and {
+            key: self._query_encoder.manifest[key] for key in stated
+        }
         return {
             "name": self._store.name,
             "path": str(self._store.folder),
             **self._store.counts(),
             **{key: value for key, value in settings.items() if key not in hidden},
+            "text_encoder": text_encoder,
             "size_bytes": sum(entry.stat().st_size for entry in files),
         }
 
@@ -385,8 +409,7 @@ class Collection:
     def _refresh_cache(self) -> None:
         """Bring the cache up to date after a write. What was committed stands if that fails."""
         try:
-            self._cache.current()
-            self._cache.save()
+            self._cache.merge_if_due()
         except (OSError, ValueError) as error:
             _log.warning("collection %r: its index is not up to date: %s", self._store.name, error)
 
@@ -415,6 +438,24 @@ class Collection:
             )
         return model
 
+    @cached_property
+    def _query_encoder(self) -> QueryEncoder | None:
+        """The exported text tower, if there is one, it is whole, and it is that of the model."""
+        folder = self._store.folder / FOLDER
+        if not folder.exists():
+            return None
+        try:
+            encoder = QueryEncoder(folder)
+            built_by = self._settings["fingerprint"]
+            if encoder.manifest["fingerprint"] != built_by or encoder.dim != self._store.dim:
+                raise ValueError(f"{str(folder)!r} was exported from another model")
+        except (OSError, ValueError) as error:
+            _log.warning(
+                "collection %r: queries by text load the model: %s", self._store.name, error
+            )
+            return None
+        return encoder
+
     def _query(
         self,
         text: str | None,
@@ -435,7 +476,12 @@ class Collection:
         elif text is not None:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError("the query is empty: say what to look for")
-            query = check_vectors(self.model.embed_text([text]), 1, self.model)[0]
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"the query is not valid Unicode text: {text!r}")
+            if self._query_encoder is not None:
+                query = self._query_encoder.embed_text([text])[0]
+            else:
+                query = check_vectors(self.model.embed_text([text]), 1, self.model)[0]
         else:
             path = video if video is not None else image
             assert path is not None
@@ -467,28 +513,17 @@ class Collection:
         Scores are computed anew from the stored vectors: equal vectors then score equally, which
         sums in single precision do not promise, and an approximate index gives exact scores.
         """
-        index = self._cache.current()
         allowed_N = self._store.segment_ids(where) if where else None
-        limit = len(index.ids_N) if allowed_N is None else len(allowed_N)
         num = 2 * k + 16
-        while limit:
-            num = min(num, limit)
-            if allowed_N is not None and not index.is_exact:
-                ids_N, num = allowed_N, limit
-            else:
-                ids_QK, _ = index.search(query_D[None], num, allowed_N=allowed_N)
-                ids_N = ids_QK[0][ids_QK[0] >= 0]
+        while True:
+            ids_N, bound = self._cache.nearest(query_D, num, allowed_N=allowed_N)
             ranked = self._ranked(query_D, ids_N)
             best = _first_of_each_video(ranked) if only_best_of_video else ranked
-            is_all = num == limit or len(ids_N) < num
-            if is_all and not index.is_exact and len(best) < k and len(ids_N) < limit:
-                allowed_N = index.ids_N  # its probes found too few: every score is computed
-                continue
-            # what the index left out scores no more than its last candidate
-            if is_all or (len(best) >= k and best[k - 1][1] > ranked[-1][1] + _SCORE_ROUNDING):
+            # what was left out scores no more than the bound
+            is_sure = len(best) >= k and best[k - 1][1] > bound + _SCORE_ROUNDING
+            if is_sure or bound == -np.inf:
                 return best[:k]
             num *= 4
-        return []
 
     def _ranked(self, query_D: np.ndarray, ids_N: np.ndarray) -> list[tuple[SegmentRow, float]]:
         ids_N, vectors_ND = self._store.vectors(ids_N)

@@ -5,6 +5,7 @@ Shape legend: N segments, D width.
 
 import glob
 import hashlib
+import logging
 import os
 import stat
 from collections import deque
@@ -17,16 +18,28 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from fluxclip.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Clip, Fit, probe, read_clip, windows
+from fluxclip.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Clip,
+    Fit,
+    probe_and_read,
+    read_clip,
+    windows,
+)
 
 from .store import FileState
 
 CLIPS_PER_BATCH = 16  # embedded together, whatever videos they are of
+# Decoded while a batch is embedded and while its videos are committed, which waits for the disk.
+CLIPS_AHEAD = 2 * CLIPS_PER_BATCH
 UNIT_TOLERANCE = 1e-3  # how far from 1 a vector's length may be; half precision is within it
 
 Segment = tuple[float, float]  # start_s, end_s
 
 _SUFFIXES = frozenset(VIDEO_SUFFIXES) | frozenset(IMAGE_SUFFIXES)
+
+_log = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -92,6 +105,8 @@ class Source:
     path: str  # absolute; symbolic links are kept, the name is the one the user knows
     is_named: bool = False  # given by itself, not found in a folder or by a pattern
     state: FileState = FileState(0, 0, "")
+    is_new: bool = False  # its content is not the one that is stored
+    reader: Reader | None = None  # of those that are new
     duration_s: float = 0.0
     segments: list[Segment] = field(default_factory=list)
     vectors: list[np.ndarray] = field(default_factory=list)
@@ -160,28 +175,34 @@ def embed_sources(
     def inspect(source: Source) -> Source:
         if source.error is None:
             with _errors_noted(source):
-                _inspect(source, known.get(source.path), window_s)
+                _inspect(source, known.get(source.path))
         return source
 
-    def jobs() -> Iterator[tuple[Source, Segment | None, Reader | None]]:
-        reader = None
+    def inspected() -> Iterator[Source]:
         for source in _ahead(pool, inspect, sources, 2 * workers):
-            waiting.append(source)
-            if not source.segments:
-                yield source, None, None  # so that it comes out when it is its turn
-                continue
-            reader = reader or Reader.of(model(), token_budget)
-            for segment in source.segments:
-                yield source, segment, reader
+            if source.is_new:
+                source.reader = Reader.of(model(), token_budget)
+            yield source
 
-    def read(
-        job: tuple[Source, Segment | None, Reader | None],
-    ) -> tuple[Source, Clip | None]:
-        source, segment, reader = job
-        if reader is not None and source.error is None:
+    def cut(source: Source) -> tuple[Source, Clip | None]:
+        if source.reader is not None:
             with _errors_noted(source):
-                return source, reader.read(source.path, segment)
+                return source, _cut(source, source.reader, window_s)
         return source, None
+
+    def jobs() -> Iterator[tuple[Source, Segment | None, Clip | None]]:
+        for source, clip in _ahead(pool, cut, inspected(), CLIPS_AHEAD):
+            waiting.append(source)
+            # one without segments goes through too, so that it comes out when it is its turn
+            for segment in tuple(source.segments) or (None,):
+                yield source, segment, clip
+
+    def read(job: tuple[Source, Segment | None, Clip | None]) -> tuple[Source, Clip | None]:
+        source, segment, clip = job
+        if clip is None and segment and source.reader and source.error is None:
+            with _errors_noted(source):
+                return source, source.reader.read(source.path, segment)
+        return source, clip
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
@@ -252,10 +273,11 @@ def _errors_noted(source: Source) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         source.error = " ".join(reason.removeprefix(f"{source.path}: ").split())
+        _log.info("not added: %s: %s", source.path, source.error)
 
 
-def _inspect(source: Source, known: FileState | None, window_s: float) -> None:
-    """Decide whether a file is new, and where to cut it."""
+def _inspect(source: Source, known: FileState | None) -> None:
+    """Decide whether a file is new."""
     try:
         source.path.encode()  # SQLite keeps text as UTF-8
     except UnicodeEncodeError as error:
@@ -269,20 +291,31 @@ def _inspect(source: Source, known: FileState | None, window_s: float) -> None:
     with open(source.path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     source.state = FileState(status.st_size, status.st_mtime_ns, sha256)
-    if known and known.sha256 == sha256:
-        return
-    info = probe(source.path)
+    source.is_new = known is None or known.sha256 != sha256
+
+
+def _cut(source: Source, reader: Reader, window_s: float) -> Clip | None:
+    """Decide where to cut a file; its clip, if it is one segment, comes from the same opening."""
+    info, clip = probe_and_read(
+        source.path,
+        num_frames=reader.num_frames,
+        up_to_s=window_s,
+        side=reader.side,
+        fit=reader.fit,
+    )
     source.duration_s = info.duration_s
     cuts = windows(info.duration_s, window_s)  # one, [0, 0), of an image
     source.segments = [(cut.start_s, cut.end_s) for cut in cuts]
+    return clip
 
 
 def _embed(batch: Sequence[tuple[Source, Clip]], model: Embedder, token_budget: int | None) -> None:
-    vectors_ND = check_vectors(
-        model.embed_video([clip for _, clip in batch], token_budget=token_budget),
-        len(batch),
-        model,
-    )
+    try:
+        vectors_ND = model.embed_video([clip for _, clip in batch], token_budget=token_budget)
+    except Exception as error:
+        error.add_note(f"while embedding {', '.join({source.path: 0 for source, _ in batch})}")
+        raise
+    vectors_ND = check_vectors(vectors_ND, len(batch), model)
     for (source, _), vector_D in zip(batch, vectors_ND, strict=True):
         source.vectors.append(vector_D)
         if problem := vector_problem(vector_D):

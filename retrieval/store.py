@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -75,6 +76,17 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM settings WHERE key = 'revision'",
         "DELETE FROM settings WHERE key = 'revision'",
     ),
+    (
+        # with these an index of an older revision learns what it holds too much
+        """CREATE TABLE removed (
+            revision INTEGER NOT NULL,
+            segment_id INTEGER NOT NULL,
+            PRIMARY KEY (revision, segment_id)
+        ) WITHOUT ROWID""",
+        """CREATE TRIGGER note_removed AFTER DELETE ON segments BEGIN
+            INSERT INTO removed SELECT max(revision) + 1, OLD.id FROM revisions;
+        END""",
+    ),
 )
 
 
@@ -136,6 +148,16 @@ class Store:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
+    def remove_unfinished(self) -> list[str]:
+        """Remove what was left where making this folder was killed once; says what that was."""
+        pattern = re.compile(rf"\.{re.escape(self.name)}\.\d+\.unfinished")
+        # nobody is at work there: under a name that is taken nothing is made
+        beside = self.folder.parent.glob(".*.unfinished")
+        left = [path for path in beside if pattern.fullmatch(path.name)]
+        for path in left:
+            shutil.rmtree(path)
+        return [f"{path.name} was removed: a killed process left it" for path in left]
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
@@ -184,20 +206,28 @@ class Store:
         )
         return np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
 
-    def vectors(self, ids_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (N,) ascending and vectors (N, D) float32: all, or those of `ids_N` that there are.
+    def removed_since(self, revision: int) -> np.ndarray:
+        """Ids (N,) of the segments that were removed after a revision; int64."""
+        rows = self._rows("SELECT segment_id FROM removed WHERE revision > ?", [revision])
+        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
-        Raises ValueError for a vector of the wrong size.
+    def vectors(
+        self, ids_N: np.ndarray | None = None, *, after: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (N,) ascending and vectors (N, D) float32: those of `ids_N` that there are, or all.
+
+        after: of all, only ids above it. Raises ValueError for a vector of the wrong size.
         """
-        sql, parameters = "FROM segments", []
+        parameter: int | str = after
+        sql = "FROM segments WHERE id > ?"
         if ids_N is not None:
-            sql += " WHERE id IN (SELECT value FROM json_each(?))"
-            parameters = [json.dumps(ids_N.tolist())]
+            sql = "FROM segments WHERE id IN (SELECT value FROM json_each(?))"
+            parameter = json.dumps(ids_N.tolist())
         with self.snapshot(), _plain_errors(self.folder):
-            n = self._db.execute(f"SELECT count(*) {sql}", parameters).fetchone()[0]
+            n = self._db.execute(f"SELECT count(*) {sql}", [parameter]).fetchone()[0]
             ids = np.empty(n, np.int64)
             vectors_ND = np.empty((n, self.dim), np.float32)
-            cursor = self._db.execute(f"SELECT id, vector {sql} ORDER BY id", parameters)
+            cursor = self._db.execute(f"SELECT id, vector {sql} ORDER BY id", [parameter])
             at = 0
             while rows := cursor.fetchmany(_ROWS_AT_ONCE):
                 if any(len(row[1]) != 4 * self.dim for row in rows):

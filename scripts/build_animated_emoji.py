@@ -67,13 +67,13 @@ def download(names: list[str], folder: Path) -> None:
             archive.extractall(folder / str(number), filter="data")
 
 
-def find_packages(folder: Path) -> dict[str, Path]:
-    """Folders of unpacked packages below `folder`, by "name@version"."""
+def find_packages(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Folders of the unpacked packages `names` below a folder, by "name@version"."""
     found = {}
     for path in folder.rglob("package.json"):
         about = json.loads(path.read_text(encoding="utf-8"))
         found[f"{about.get('name')}@{about.get('version')}"] = path.parent
-    missing = [name for name in (*ART, *NAMES) if name not in found]
+    missing = [name for name in names if name not in found]
     if missing:
         raise FileNotFoundError(f"no unpacked package {', '.join(missing)} below {folder}")
     return found
@@ -239,7 +239,7 @@ def main() -> None:
             folder = arguments.packages or Path(scratch)
             if arguments.packages is None:
                 download([*ART, *NAMES], folder)
-            build(find_packages(folder), arguments.existing, arguments.out)
+            build(find_packages(folder, [*ART, *NAMES]), arguments.existing, arguments.out)
     except (ValueError, OSError) as error:
         sys.exit(f"build_animated_emoji: {error}")
 

@@ -109,10 +109,33 @@ def test_info_check_and_rebuild(own_collection: Path) -> None:
     info = json.loads(fluxclip("index", "info", own_collection, "--json").stdout)
     assert info["segments"] == 7
     assert info["model_name"] == "emoji-tiny"
+    assert info["text_encoder"]["weights"] == "int8"
+    assert info["text_encoder"]["lowest_cosine"] > 0.99
+    shown = fluxclip("index", "info", own_collection).stdout
+    assert f"lowest_cosine {info['text_encoder']['lowest_cosine']}, mean_cosine" in shown
     assert fluxclip("index", "check", own_collection).stdout.rstrip().endswith("is sound")
     (own_collection / "index.faiss").write_bytes(b"junk")
     assert "fixed: " in fluxclip("index", "check", own_collection).stdout
     assert "Flat index of 7 segments" in fluxclip("index", "rebuild", own_collection).stdout
+
+
+def test_export_writes_the_text_tower_of_a_model(
+    own_collection: Path, tmp_path: Path, emoji: Path
+) -> None:
+    before = fluxclip("search", own_collection, "a cyclone", "--json").stdout
+    shutil.rmtree(own_collection / "text_encoder")
+    command = ("export", "emoji-tiny", own_collection / "text_encoder")
+    done = fluxclip(*command, "--captions", emoji / "val.json")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    captions = [text for record in json.loads((emoji / "val.json").read_text())
+                for text in record["caption"]]  # fmt: skip
+    info = json.loads(fluxclip("index", "info", own_collection, "--json").stdout)
+    assert info["text_encoder"]["captions"] > len(captions)
+    assert f"{info['text_encoder']['captions']} captions" in done.stdout
+    assert fluxclip("search", own_collection, "a cyclone", "--json").stdout == before
+    assert "exists already" in refused(*command)
+    gone = tmp_path / "gone.json"
+    assert "gone.json" in refused("export", "emoji-tiny", tmp_path / "x", "--captions", gone)
 
 
 def test_adding_again_adds_nothing_and_removing_is_exact(own_collection: Path, few: Path) -> None:
@@ -198,6 +221,8 @@ def test_doctor_says_what_is_there() -> None:
     assert "pyav" in found["video decoder"]
     assert "emoji-tiny" in found["shipped models"]
     assert found["gpu"]
+    assert found["onnxruntime"][0].isdecimal() and found["tokenizers"][0].isdecimal()
+    assert str(Path.home()) not in str(found) and str(ROOT) not in str(found)
 
 
 def test_mistakes_about_models(few: Path, tmp_path: Path, assets: Path) -> None:
@@ -212,6 +237,8 @@ def test_mistakes_about_models(few: Path, tmp_path: Path, assets: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dimm": 3}))
     assert "unknown key 'dimm'; did you mean 'dim'?" in embed(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    assert "config.json is no JSON" in embed(folder)
     del config["dim"]
     config["video"].pop("width")
     (folder / "config.json").write_text(json.dumps(config))
@@ -246,7 +273,7 @@ def test_a_collection_of_another_model_is_refused(own_collection: Path, assets: 
 
 
 def test_mistakes_about_recipes_and_data(tmp_path: Path, emoji: Path) -> None:
-    recipe = ROOT / "configs" / "emoji.toml"
+    recipe = ROOT / "configs" / "demo.toml"
     assert "no recipe" in refused("train", "gone.toml")
     wrong = refused("train", recipe, "--set", "optimizer.learning_rte=1")
     assert "unknown key 'optimizer.learning_rte'" in wrong
@@ -267,6 +294,26 @@ def test_usage_mistakes_are_one_line_too() -> None:
     assert "No such option: --bogus" in refused("train", "--bogus", "x")
     assert "Missing option" in refused("eval")
     assert "No such command" in refused("trian")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (RuntimeError("of a library"), "internal error: RuntimeError: "),
+        (OSError(5, "I/O error"), ""),
+    ],
+)
+def test_what_breaks_while_a_file_is_read_names_the_file(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, kind: str
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise failure
+
+    clip = sorted(few.glob("*.mp4"))[0]
+    out = tmp_path / "vectors.npz"
+    monkeypatch.setattr("av.open", broken)
+    line = refused("embed", clip, "--model", "emoji-tiny", "--output", out)
+    assert kind in line and str(clip) in line
 
 
 def test_debug_shows_the_traceback() -> None:

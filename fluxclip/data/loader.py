@@ -7,10 +7,11 @@ Shape legend: B clips, T frames, H W pixels.
 """
 
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fluxclip.data.sources.annotations import Record
+from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.settings import settings
 from fluxclip.tokens.budget import Draw, FluxSampling
 from fluxclip.video import Clip, VideoError, VideoInfo, is_image, probe, read_clip
@@ -50,13 +52,17 @@ class Augment:
 
 @dataclass
 class Source:
-    """Pairs that give `batch` of every step; with cache_frames above 0, clips stay in memory."""
+    """Pairs that give `batch` of every step; with cache_frames above 0, clips stay in memory.
+
+    teacher: feature maps of the same records, to be learned from.
+    """
 
     records: Sequence[Record]
     batch: int
     captions: Literal["one", "first"] = "one"
     cache_frames: int = 0
     cache_side: int = 128
+    teacher: TeacherFeatures | None = None
     _cache: dict[int, Clip] = field(default_factory=dict, repr=False)
     _infos: dict[int, VideoInfo] = field(default_factory=dict, repr=False)
 
@@ -84,15 +90,18 @@ class Batch:
 
     frames_BTHWC: uint8 0-255. captions: one per clip. names: the first caption of each record:
     pairs of equal name show the same thing, so they are no negatives of each other.
+    teacher_BLC: float16, what a teacher's features are at each of the L tokens, if there is one.
     """
 
     frames_BTHWC: Tensor
     captions: tuple[str, ...]
     names: tuple[str, ...]
+    teacher_BLC: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
-        """For DataLoader: frames where a GPU can fetch them while the CPU goes on."""
-        return replace(self, frames_BTHWC=self.frames_BTHWC.pin_memory())
+        """For DataLoader: tensors where a GPU can fetch them while the CPU goes on."""
+        teacher = None if self.teacher_BLC is None else self.teacher_BLC.pin_memory()
+        return replace(self, frames_BTHWC=self.frames_BTHWC.pin_memory(), teacher_BLC=teacher)
 
     def to_float(
         self, device: torch.device, *, mean: tuple[float, ...], std: tuple[float, ...]
@@ -121,6 +130,15 @@ class Step:
         return sum(len(batch.captions) for batch in self.batches)
 
 
+class Sample(NamedTuple):
+    """One pair: its frames, the caption drawn, its name, and the teacher's features if any."""
+
+    frames_THWC: Tensor
+    caption: str
+    name: str
+    teacher_LC: Tensor | None
+
+
 class Steps(Dataset[Step]):
     """The steps of a run, by number. Each epoch of a source is a new order of all its records."""
 
@@ -144,13 +162,11 @@ class Steps(Dataset[Step]):
             for s, source in enumerate(self.sources)
             for slot, index in enumerate(self.order(s, number))
         ]
-        by_length: dict[int, list[tuple[Tensor, str, str]]] = {}
+        by_kind: dict[tuple[int, bool], list[Sample]] = {}
         for sample in samples:
-            by_length.setdefault(len(sample[0]), []).append(sample)
-        batches = []
-        for _, group in sorted(by_length.items(), reverse=True):
-            frames, captions, names = zip(*group, strict=True)
-            batches.append(Batch(torch.stack(frames), captions, names))
+            kind = len(sample.frames_THWC), sample.teacher_LC is not None
+            by_kind.setdefault(kind, []).append(sample)
+        batches = [_batch(group) for _, group in sorted(by_kind.items(), reverse=True)]
         return Step(number, draw, tuple(batches), unreadable)
 
     def order(self, source: int, step: int) -> list[int]:
@@ -162,7 +178,7 @@ class Steps(Dataset[Step]):
     def _readable_sample(
         self, source: Source, index: int, rng: np.random.Generator, draw: Draw,
         unreadable: dict[str, str],
-    ) -> tuple[Tensor, str, str]:  # fmt: skip
+    ) -> Sample:  # fmt: skip
         """The sample of a record, or of the next one that can be read."""
         for step in range(len(source.records)):
             at = (index + step) % len(source.records)
@@ -170,12 +186,13 @@ class Steps(Dataset[Step]):
                 return self._sample(source, at, rng, draw)
             except (VideoError, OSError) as error:
                 unreadable[str(source.records[at].video)] = str(error)
+            except Exception as error:
+                error.add_note(f"while reading {source.records[at].video}")
+                raise
         path = source.records[index].video
         raise ValueError(f"no file of a source can be read: {unreadable[str(path)]}")
 
-    def _sample(
-        self, source: Source, index: int, rng: np.random.Generator, draw: Draw
-    ) -> tuple[Tensor, str, str]:
+    def _sample(self, source: Source, index: int, rng: np.random.Generator, draw: Draw) -> Sample:
         record, a = source.records[index], self.augment
         one = source.captions == "one"
         caption = record.captions[rng.integers(len(record.captions)) if one else 0]
@@ -183,34 +200,53 @@ class Steps(Dataset[Step]):
         aspect = info.width / info.height
         crop = random_crop(rng, scale=a.crop_area, ratio=a.crop_aspect, aspect=aspect)
         mirror = a.flip and rng.random() < 0.5 and not _says_side(record.captions)
-        frames = self._frames(source, index, rng, draw, crop)
+        spread = random_per_part if a.vary_time else _at_middles
+        shares_T = spread(0.0, 1.0, 1 if is_image(record.video) else draw.num_frames, rng)
+        frames = self._frames(source, index, shares_T, draw.side, crop)
         if mirror:
             frames = flip(frames[None], torch.tensor([True]))[0]
-        return frames, caption, record.captions[0]
+        teacher_LC = None
+        if source.teacher:
+            tubelets_T = shares_T[:: self.sampling.tubelet]
+            rows = draw.side // self.sampling.patch
+            teacher_TLC = source.teacher.cut(
+                index, shares_T=tubelets_T, crop=crop, rows=rows, mirror=mirror
+            )
+            teacher_LC = teacher_TLC.flatten(0, 1)
+        return Sample(frames, caption, record.captions[0], teacher_LC)
 
     def _frames(
-        self, source: Source, index: int, rng: np.random.Generator, draw: Draw,
+        self, source: Source, index: int, shares_T: npt.NDArray[np.float64], side: int,
         crop: tuple[float, float, float, float],
     ) -> Tensor:  # fmt: skip
-        """uint8 frames (T, side, side, 3) of a record: T of the draw, 1 for an image."""
-        spread = random_per_part if self.augment.vary_time else _at_middles
-        path, side = source.records[index].video, draw.side
+        """uint8 frames (T, side, side, 3) of a record, at those shares of its duration."""
+        path = source.records[index].video
         cached = source.clip(index)
         if cached is None:
             if is_image(path):
                 clip = read_clip(path, num_frames=1, side=side, crop=crop)
             else:
-                times_s = spread(0.0, source.info(index).duration_s, draw.num_frames, rng)
+                times_s = shares_T * source.info(index).duration_s
                 clip = read_clip(path, times_s=times_s, side=side, crop=crop)
             return torch.from_numpy(clip.frames_THWC)
         # a cached clip's frames are evenly spread over it, so equal parts of them are of time too
-        count = 1 if is_image(path) else draw.num_frames
-        keep = spread(0.0, len(cached.times_s), count, rng).astype(int)
+        keep = (shares_T * len(cached.times_s)).astype(int)
         top, left, bottom, right = crop
         size = source.cache_side
         (y0, y1), (x0, x1) = pixel_span(top, bottom, size), pixel_span(left, right, size)
         cut = cached.frames_THWC[keep, y0:y1, x0:x1]
         return resize(torch.from_numpy(cut)[None], side=side, fit="squash")[0]
+
+
+def _batch(samples: Sequence[Sample]) -> Batch:
+    """Samples of equal shapes as tensors."""
+    teacher = [sample.teacher_LC for sample in samples if sample.teacher_LC is not None]
+    return Batch(
+        torch.stack([sample.frames_THWC for sample in samples]),
+        tuple(sample.caption for sample in samples),
+        tuple(sample.name for sample in samples),
+        torch.stack(teacher) if teacher else None,
+    )
 
 
 @lru_cache(maxsize=16)
@@ -239,6 +275,13 @@ def steps(dataset: Steps, *, start: int, stop: int, workers: int) -> Iterator[St
         dataset, batch_size=None, sampler=range(start, stop), num_workers=workers,
         # forking after threads have decoded can deadlock
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     yield from loader
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C, and the SIGTERM of a job scheduler, reach every process of a run; one answers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

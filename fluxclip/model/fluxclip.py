@@ -5,6 +5,7 @@ Shape legend: B clips or captions, T frames, H W pixels, L text tokens, D shared
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,20 @@ from torch import Tensor, nn
 from fluxclip.model.presets import FluxCLIPConfig, PreprocessConfig
 from fluxclip.model.video_tower import VideoTower
 from fluxclip.text.encoder import TextEncoder
-from fluxclip.tokens.selection import check_budget
+from fluxclip.tokens.selection import Selection, check_budget
+
+
+@dataclass(frozen=True)
+class View:
+    """Clips at one token budget: unit vectors, what they were projected from, and the tokens.
+
+    tokens_BKW: the blocks' output (W their width) for the K selected patches of each clip.
+    """
+
+    vector_BD: Tensor
+    pooled_BP: Tensor
+    tokens_BKW: Tensor
+    selection: Selection
 
 
 class FluxCLIP(nn.Module):
@@ -96,21 +110,21 @@ class FluxCLIP(nn.Module):
     def encode_video_views(
         self, frames_BTHWC: Tensor, budgets: Sequence[int], *,
         generator: torch.Generator | None = None,
-    ) -> list[Tensor]:  # fmt: skip
-        """One (B, D) of unit vectors per budget; the patches are embedded once for all.
+    ) -> list[View]:  # fmt: skip
+        """One view per budget; the patches are embedded once for all.
 
         Budgets above a clip's tokens (a still has few) share one pass.
         """
         patches_BNLD = self.video.embed(frames_BTHWC)
         rows, columns = (side // self.config.video.patch for side in frames_BTHWC.shape[2:4])
         most = patches_BNLD.shape[1] * patches_BNLD.shape[2]
-        views_BD: dict[int, Tensor] = {}
+        views: dict[int, View] = {}
         for budget in dict.fromkeys(min(budget, most) for budget in budgets):
-            pooled_BP = self.video.encode(
-                patches_BNLD, budget, rows=rows, columns=columns, generator=generator
-            )
-            views_BD[budget] = self.project_video(pooled_BP)
-        return [views_BD[min(budget, most)] for budget in budgets]
+            selection = self.video.select(patches_BNLD, budget, generator=generator)
+            x_BKD = self.video.encode_tokens(patches_BNLD, selection, rows=rows, columns=columns)
+            pooled_BP = self.video.pool(x_BKD)
+            views[budget] = View(self.project_video(pooled_BP), pooled_BP, x_BKD[:, 1:], selection)
+        return [views[min(budget, most)] for budget in budgets]
 
     def encode_text(self, ids_BL: Tensor) -> Tensor:
         """Unit vectors (B, D) of captions given as ids from `self.text.tokenize`."""

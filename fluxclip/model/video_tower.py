@@ -96,6 +96,13 @@ class VideoTower(nn.Module):
         generator: makes a random scorer draw anew (training).
         """
         selection = selection or self.select(patches_BNLD, budget, generator=generator)
+        x_BKD = self.encode_tokens(patches_BNLD, selection, rows=rows, columns=columns)
+        return self.pool(x_BKD, projector=projector)
+
+    def encode_tokens(
+        self, patches_BNLD: Tensor, selection: Selection, *, rows: int, columns: int
+    ) -> Tensor:
+        """What the blocks make of the selected patches: (B, 1 + K, D), the class token first."""
         n = patches_BNLD.shape[1]
         positions_1ND = self.positions(n, rows, columns)[None]
         x_BKD = gather(patches_BNLD.flatten(1, 2) + positions_1ND, selection)
@@ -103,9 +110,14 @@ class VideoTower(nn.Module):
         x_BKD = torch.cat([class_BKD.to(x_BKD.dtype), x_BKD], dim=1)
         for block in self.blocks:
             x_BKD = block(x_BKD)
+        return x_BKD
+
+    def pool(self, x_BKD: Tensor, *, projector: int | None = None) -> Tensor:
+        """Pooled features (B, pooled) of the blocks' output, the class token included."""
         if projector is None:
             projector = self.projector_for(x_BKD.shape[1] - 1)
-        return self.pools[projector](x_BKD)
+        pooled_BP: Tensor = self.pools[projector](x_BKD)
+        return pooled_BP
 
     def projector_for(self, num_tokens: int) -> int:
         """Index of the pooling trained at the budget nearest in log tokens."""

@@ -76,8 +76,8 @@ def read_config(folder: str | Path) -> FluxCLIPConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not of model format {FORMAT}, the one this version reads")

@@ -21,6 +21,14 @@ class TextEncoder(nn.Module, ABC):
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Ids (B, L) to features (B, width), not normalised."""
 
+    def tokenizer_json(self) -> str:
+        """What `tokenize` does as a file of the `tokenizers` library, padding and cut included.
+
+        Raises ValueError, as here, for an encoder that has no such form: it works all the same,
+        but queries by text need torch.
+        """
+        raise ValueError(f"the tokenizer of {type(self).__name__} has no tokenizer.json")
+
 
 def load_encoder(name: str, source: str, *, max_tokens: int) -> TextEncoder:
     """The text encoder of the file `name` in fluxclip/text/encoders, with the weights of `source`.

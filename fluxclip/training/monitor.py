@@ -1,27 +1,33 @@
 """What a run shows while it goes: a progress bar, metrics.jsonl and tensorboard."""
 
 import json
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fluxclip.training.checkpoint import writing
+
 
 class Monitor:
     """Writes each step's numbers to `folder` and to the screen; used as a context manager.
 
-    metrics.jsonl has one JSON object per line with "step", "seconds" since the start, and the
-    numbers given; tensorboard files stand beside it.
+    metrics.jsonl has one JSON object per line with "step", "seconds" of training, and the numbers
+    given; tensorboard files stand beside it. A run that goes on after `start` steps and `seconds`
+    of training loses what an earlier part of it logged beyond them.
     """
 
-    def __init__(self, folder: Path, *, steps: int, console: Console | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        self.started = time.monotonic()
+    def __init__(
+        self, folder: Path, *, steps: int, start: int = 0, seconds: float = 0.0,
+        console: Console | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.start = folder / "metrics.jsonl", start
+        self.started = time.monotonic() - seconds
         self.console = console or Console()
         self.progress = Progress(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(),
@@ -30,19 +36,31 @@ class Monitor:
         )  # fmt: skip
         self._last = 0.0
         self._loss: float | None = None
-        self.task = self.progress.add_task("train", total=steps, numbers="")
+        self.task = self.progress.add_task("train", total=steps, completed=start, numbers="")
 
     def __enter__(self) -> "Monitor":
-        self.progress.start()
+        from torch.utils.tensorboard import SummaryWriter
+
+        with ExitStack() as closing, writing(self.path):
+            closing.enter_context(_no_traceback_of_threads())
+            _cut_back(self.path, self.start)
+            self.metrics = self.path.open("a", encoding="utf-8")
+            closing.callback(self.metrics.close)
+            self.tensorboard = SummaryWriter(
+                str(self.path.parent / "tensorboard"), purge_step=self.start or None
+            )
+            closing.callback(self.tensorboard.close)
+            closing.enter_context(self.progress)
+            self._closing = closing.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        self.progress.stop()
-        self.metrics.close()
-        self.tensorboard.close()
+        # lines are flushed as they are written: on a full disk closing fails as the last one did
+        with suppress(OSError):
+            self._closing.close()
 
     @property
     def seconds(self) -> float:
@@ -67,11 +85,47 @@ class Monitor:
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         row = {"step": step, "seconds": round(self.seconds, 3), **numbers}
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(name, value, step)
+        with writing(self.path):
+            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.flush()
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write what tensorboard holds back: a state must not know of more than the logs."""
+        with writing(self.path):
+            self.tensorboard.flush()
 
     def say(self, line: str) -> None:
         """A line above the bar."""
         self.progress.console.print(line, highlight=False, markup=False)
+
+
+@contextmanager
+def _no_traceback_of_threads() -> Iterator[None]:
+    """Leave an OSError of tensorboard's thread to its next call in ours, which raises it again."""
+    hook = threading.excepthook
+
+    def failed(failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            hook(failure)
+
+    threading.excepthook = failed
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+
+
+def _cut_back(metrics: Path, num_steps: int) -> None:
+    """Keep the lines of the first `num_steps` steps; a kill may have left the last one torn."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):
+            if json.loads(line)["step"] < num_steps:
+                kept.append(line + "\n")
+    partial = metrics.with_name(metrics.name + ".partial")
+    partial.write_text("".join(kept), "utf-8")
+    partial.replace(metrics)

@@ -1,9 +1,12 @@
 """Parameter groups, learning rate, optimizer: pure functions of the settings."""
 
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fluxclip.training.muon import Muon
 
 
 def learning_rate(step: int, *, steps: int, warmup_steps: int, lr: float, final_lr: float) -> float:
@@ -14,27 +17,99 @@ def learning_rate(step: int, *, steps: int, warmup_steps: int, lr: float, final_
     return lr * (final_lr + (1 - final_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, muon: float = 0.0
+) -> list[dict[str, object]]:
     """Trained parameters, with weight decay on matrices only.
 
     None on vectors and scalars (norms, biases, LayerScale, temperature) and on the position table.
+    muon: above 0, the matrices of transformer blocks are a group for Muon. Each group has `scale`,
+    what the rate of a step is multiplied by.
     """
+    blocks: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.ndim >= 2 and not name.endswith("positions.table")
-        (decayed if matrix else free).append(parameter)
+        in_block = matrix and muon > 0 and ".blocks." in f".{name}" and parameter.ndim == 2
+        (blocks if in_block else decayed if matrix else free).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay, "scale": 1.0},
+        {"params": free, "weight_decay": 0.0, "scale": 1.0},
+        *([_muon_group(blocks, weight_decay, muon)] if blocks else []),
     ]
 
 
-def adamw(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW over the groups above; the rate is set anew each step from `learning_rate`."""
-    groups = parameter_groups(model, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-6, fused=True)
+def _muon_group(
+    matrices: list[nn.Parameter], weight_decay: float, muon: float
+) -> dict[str, object]:
+    return {
+        "params": matrices, "weight_decay": weight_decay, "scale": muon, "orthogonal": True
+    }  # fmt: skip
+
+
+def build(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float,
+    muon: float = 0.0,
+) -> torch.optim.AdamW:  # fmt: skip
+    """AdamW, or Muon for some, over the groups above; `step_down` sets the rate of each step."""
+    groups = parameter_groups(model, weight_decay=weight_decay, muon=muon)
+    kind = Muon if muon else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=betas, eps=1e-6, fused=True)
+
+
+def step_down(
+    adamw: torch.optim.AdamW, model: nn.Module, loss: Tensor, *, lr: float, clip_norm: float
+) -> float:
+    """One step at rate `lr` along the gradients of a loss; returns their norm before it was cut."""
+    for group in adamw.param_groups:
+        group["lr"] = lr * group["scale"]
+    adamw.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    adamw.step()
+    return norm.item()
+
+
+def moments(adamw: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
+    """What is remembered of each trained parameter: exp_avg/NAME, exp_avg_sq/NAME, step/NAME.
+
+    The moments have the parameter's shape, the count of its steps is a scalar; all are fp32. Muon
+    has exp_avg alone. A parameter that has had no gradient yet has zeros, which is what it starts
+    from.
+    """
+    found: dict[str, Tensor] = {}
+    for name, parameter, fresh in _fresh(adamw, model):
+        held = adamw.state.get(parameter) or fresh
+        found |= {f"{key}/{name}": held[key] for key in fresh}
+    return found
+
+
+def set_moments(adamw: torch.optim.AdamW, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make the optimizer remember what `moments` gave."""
+    for name, parameter, fresh in _fresh(adamw, model):
+        # copied into memory laid out as the optimizer's own, so that its kernels take the same path
+        adamw.state[parameter] = {
+            key: zeros.copy_(tensors[f"{key}/{name}"]) for key, zeros in fresh.items()
+        }
+
+
+def _fresh(
+    adamw: torch.optim.AdamW, model: nn.Module
+) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
+    """Each trained parameter with its name and what is remembered of it at the start."""
+    by_muon = {
+        id(matrix)
+        for group in adamw.param_groups
+        if group.get("orthogonal")
+        for matrix in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            fresh = {"exp_avg": torch.zeros_like(parameter)}
+            if id(parameter) not in by_muon:
+                fresh["exp_avg_sq"] = torch.zeros_like(parameter)
+                fresh["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            yield name, parameter, fresh

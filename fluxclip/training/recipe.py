@@ -28,11 +28,15 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 @settings
 class ModelRecipe:
-    """preset: tiny, small or base; dim: width of the shared space; the rest changes the preset."""
+    """preset: tiny, small or base; dim: width of the shared space; the rest changes the preset.
+
+    text_projection: "frozen" leaves the text tower's space as it is, turned; for small sets.
+    """
 
     preset: str = "tiny"
     dim: PositiveInt = 256
     drop_path: float = 0.0
+    text_projection: Literal["trained", "frozen"] = "trained"
     scorer: str = "group_dynamic"
     gelu: Literal["tanh", "erf"] = "tanh"
     fit: Literal["crop", "squash"] = "crop"
@@ -61,7 +65,8 @@ class SourceRecipe:
 
     cache_frames: 0 decodes a clip each time it is used; n keeps n frames of every clip in memory,
     `cache_side` pixels square (small sets only). captions: "one" draws one of a record's captions,
-    "first" always takes the first.
+    "first" always takes the first. teacher: a file of features of the same records to learn from,
+    written by scripts/teacher_features.py.
     """
 
     annotations: str
@@ -69,11 +74,15 @@ class SourceRecipe:
     captions: Literal["one", "first"] = "one"
     cache_frames: NonNegativeInt = 0
     cache_side: PositiveInt = 128
+    teacher: str = ""
 
 
 @settings
 class OptimizerRecipe:
-    """AdamW, linear warm-up, cosine to final_lr * lr; the gradient norm is cut at clip_norm."""
+    """AdamW, linear warm-up, cosine to final_lr * lr; the gradient norm is cut at clip_norm.
+
+    muon: above 0, the matrices of the video tower's blocks are trained by Muon, at muon * lr.
+    """
 
     steps: PositiveInt
     lr: PositiveFloat = 1e-3
@@ -82,6 +91,7 @@ class OptimizerRecipe:
     weight_decay: NonNegativeFloat = 0.02
     betas: tuple[Rate, Rate] = (0.9, 0.98)
     clip_norm: PositiveFloat = 1.0
+    muon: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.steps:
@@ -105,6 +115,9 @@ class Recipe:
     """A whole run. output: the run folder. precision: "auto" is bf16 on a GPU, fp32 on a CPU.
 
     save_as: number type of the weights in the model folders. workers: processes that decode.
+    negatives: "all" also sets each clip against the names (first captions) of all records.
+    distillation: weight of the distance to the teacher, for the data that have one.
+    save_minutes: most time between two saved states; after each validation there is one anyway.
     """
 
     output: str
@@ -116,10 +129,13 @@ class Recipe:
     text: TextConfig = field(default_factory=TextConfig)
     augment: Augment = field(default_factory=Augment)
     objective: str = "contrastive"
+    negatives: Literal["step", "all"] = "step"
+    distillation: NonNegativeFloat = 1.0
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     save_as: Literal["fp32", "fp16"] = "fp32"
+    save_minutes: NonNegativeFloat = 10.0
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -169,8 +185,9 @@ def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     for change in changes:
         _apply(values, change)
     for section in [*_sections(values.get("data")), *_sections(values.get("validation"))]:
-        if isinstance(section.get("annotations"), str):
-            section["annotations"] = str((path.parent / section["annotations"]).resolve())
+        for key in ("annotations", "teacher"):
+            if isinstance(section.get(key), str) and section[key]:
+                section[key] = str((path.parent / section[key]).resolve())
     return parse(Recipe, values, source=str(path))
 
 

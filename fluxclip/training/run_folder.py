@@ -1,43 +1,164 @@
-"""What a run leaves behind: recipe.toml, metrics.jsonl, and the model folders best/ and last/."""
+"""What a run leaves behind: recipe.toml, metrics.jsonl, model folders best/ and last/, state/."""
 
+import hashlib
 import platform
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fluxclip import __version__
 from fluxclip.model import weights
 from fluxclip.model.fluxclip import FluxCLIP
-from fluxclip.training.recipe import Recipe, to_toml
+from fluxclip.training import checkpoint, optimizer
+from fluxclip.training import recipe as recipes
+from fluxclip.training.checkpoint import Progress
+from fluxclip.training.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+# what may differ when a run is resumed: it changes no number. Annotations may lie elsewhere if
+# they are the same, which `start` compares.
+_MAY_DIFFER = ("output", "workers", "save_minutes")
 
 
 class RunFolder:
-    """The folder of one run; making it writes the resolved recipe.
+    """The folder of one run, and with `resume` where the run stood when its last state was saved.
 
-    command: what the cards say the run was started by. Raises FileExistsError if a run is there
-    already: nothing is overwritten.
+    command: what the cards say the run was started by. Raises FileExistsError without `resume` if
+    a run is there already: nothing is overwritten. With it, FileNotFoundError if there is no state
+    to resume, ValueError if the run's recipe is another one.
     """
 
-    def __init__(self, recipe: Recipe, *, command: str = "") -> None:
+    def __init__(self, recipe: Recipe, *, command: str = "", resume: bool = False) -> None:
         self.recipe, self.path = recipe, Path(recipe.output)
-        self.command = command or "fluxclip.training.loop.train"
-        if (self.path / "recipe.toml").exists():
+        self.progress = Progress(command=command or "fluxclip.training.loop.train")
+        self._resumed: Path | None = None
+        self._random: dict[str, Tensor] = {}
+        if resume:
+            self._resumed = self._newest_state()
+            self.progress = checkpoint.read_progress(self._resumed)
+        elif (self.path / "recipe.toml").exists():
             raise FileExistsError(
-                f"{self.path} already holds a run: choose another folder with --set output=..., or "
-                f"delete that one"
+                f"{self.path} already holds a run: continue it with --resume, choose another "
+                f"folder with --set output=..., or delete that one"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+
+    @property
+    def is_finished(self) -> bool:
+        return self.progress.step >= self.recipe.optimizer.steps
+
+    def start(self, modules: nn.ModuleDict, adamw: torch.optim.AdamW) -> None:
+        """Write the resolved recipe of a new run, or put the state of a resumed one in place.
+
+        Raises ValueError if annotations have changed since, or if the state is of another model.
+        """
+        digests = {
+            key: hashlib.sha256(Path(value).read_bytes()).hexdigest()
+            for key, value in _flat(asdict(self.recipe))
+            if value and key.endswith(("annotations", "teacher"))
+        }
+        if self._resumed is None:
+            self.progress = replace(self.progress, annotations=digests)
+            with checkpoint.writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                partial = self.path / "recipe.toml.partial"
+                partial.write_text(recipes.to_toml(self.recipe), "utf-8")
+                partial.replace(self.path / "recipe.toml")
+            return
+        for key, digest in digests.items():
+            if self.progress.annotations.get(key) != digest:
+                raise ValueError(
+                    f"{self.path} cannot be resumed: the file of {key} has changed since it started"
+                )
+        expected = _parameters(modules) | optimizer.moments(adamw, modules)
+        tensors = checkpoint.read_tensors(self._resumed, expected=expected)
+        with torch.no_grad():
+            for name, own in _parameters(modules).items():
+                own.copy_(tensors[name])
+        optimizer.set_moments(adamw, modules, tensors)
+        self._random = {name: t for name, t in tensors.items() if name.startswith("random/")}
+
+    def set_random_state(self) -> None:
+        """Set torch's generators to where they were in the state of a resumed run."""
+        checkpoint.set_random_state(self._random)
+
+    def save_state(
+        self, modules: nn.ModuleDict, adamw: torch.optim.AdamW, *, step: int, best: float | None,
+        seconds: float, unreadable: dict[str, str],
+    ) -> None:  # fmt: skip
+        """Save all that the run needs to go on after `step` steps as if it had never stopped."""
+        progress = replace(
+            self.progress, step=step, best=best, seconds=seconds, unreadable=unreadable
+        )
+        moments = optimizer.moments(adamw, modules)
+        tensors = _parameters(modules) | moments | checkpoint.random_state()
+        checkpoint.save(self.path / "state", progress, tensors=tensors)
+
+    def _newest_state(self) -> Path:
+        if not (self.path / "recipe.toml").exists():
+            raise FileNotFoundError(f"{self.path} holds no run: start it without --resume")
+        saved = checkpoint.states(self.path / "state")
+        if not saved:
+            raise FileNotFoundError(
+                f"{self.path} holds a run but no saved state: delete it and start without --resume"
+            )
+        then = dict(_flat(asdict(recipes.read(self.path / "recipe.toml"))))
+        now = dict(_flat(asdict(self.recipe)))
+        changed = [
+            f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+            for key in dict.fromkeys([*then, *now])
+            if then.get(key) != now.get(key)
+            and key not in _MAY_DIFFER
+            and not key.endswith(("annotations", "teacher"))
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} is a run of another recipe: {'; '.join(changed)}; resume it with its "
+                f"own, or choose another folder with --set output=..."
+            )
+        return saved[-1]
 
     def save(
         self, name: str, model: FluxCLIP, *, step: int, seconds: float, scores: dict[str, float]
     ) -> None:
         """Write the model folder `name` with its card; scores are those after `step` steps."""
         card = _card(self, model, step=step, seconds=seconds, scores=scores)
-        weights.save(model, self.path / name, card=card, dtype=_DTYPES[self.recipe.save_as])
+        folder = self.path / name
+        with checkpoint.writing(folder):
+            try:
+                weights.save(model, folder, card=card, dtype=_DTYPES[self.recipe.save_as])
+            except BaseException:
+                for partial in folder.glob("*.partial"):  # may be what a full disk lacks
+                    partial.unlink()
+                raise
+
+
+def _parameters(modules: nn.ModuleDict) -> dict[str, Tensor]:
+    """The weights of all modules by their names in a state; not those of a referred text tower."""
+    return {
+        f"parameters/{kind}.{name}": tensor
+        for kind, module in modules.items()
+        for name, tensor in (
+            weights.own_state(module) if isinstance(module, FluxCLIP) else module.state_dict()
+        ).items()
+    }
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of nested settings, keys as --set takes them: optimizer.lr, data.0.batch."""
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+        items = enumerate(value)
+    else:
+        yield key, value
+        return
+    for name, inner in items:
+        yield from _flat(inner, f"{key}.{name}" if key else str(name))
 
 
 def _card(
@@ -45,14 +166,18 @@ def _card(
 ) -> str:
     recipe = run.recipe
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    data = "\n".join(f"- {Path(s.annotations).name}, {s.batch} pairs a step" for s in recipe.data)
+    data = "\n".join(
+        f"- {Path(s.annotations).name}, {s.batch} pairs a step"
+        + (f", teacher {Path(s.teacher).name}" if s.teacher else "")
+        for s in recipe.data
+    )
     numbers = "\n".join(f"- {name}: {value:.2f}" for name, value in scores.items())
     return f"""# {run.path.name}
 
 A FluxCLIP video-text model, preset `{recipe.model.preset}`, {trained / 1e6:.2f} M trained
 parameters; text tower `{recipe.text.source}` ({recipe.text.weights}).
 
-- Command: `{run.command}`
+- Command: `{run.progress.command}`
 - Seed: {recipe.seed}; step {step} of {recipe.optimizer.steps}, {seconds / 60:.1f} minutes
 - Date: {date.today().isoformat()}
 - Machine: {_machine()}

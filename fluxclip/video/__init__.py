@@ -6,7 +6,14 @@ Importing this loads NumPy only. Decoders are loaded when a file is read; what r
 
 from fluxclip.video.clip import Clip, VideoError, VideoInfo
 from fluxclip.video.framing import Box, Fit
-from fluxclip.video.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, probe, read_clip
+from fluxclip.video.reader import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    is_image,
+    probe,
+    probe_and_read,
+    read_clip,
+)
 from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
 from fluxclip.video.segments import Segment, windows
 
@@ -22,6 +29,7 @@ __all__ = [
     "evenly_spread",
     "is_image",
     "probe",
+    "probe_and_read",
     "random_crop",
     "random_per_part",
     "read_clip",

@@ -1,8 +1,10 @@
 """Files to clips: `probe` says what is in a file, `read_clip` reads frames chosen by time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +23,33 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset([".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _names_its_file(
+    read: Callable[Concatenate[str | Path, P], R],
+) -> Callable[Concatenate[str | Path, P], R]:
+    """Let every error that a reader raises say which file it is about, if only in a note."""
+
+    @wraps(read)
+    def reading(path: str | Path, *arguments: P.args, **options: P.kwargs) -> R:
+        try:
+            return read(path, *arguments, **options)
+        except Exception as error:
+            if str(path) not in str(error):
+                error.add_note(f"while reading {path}")
+            raise
+
+    return reading
+
+
 def is_image(path: str | Path) -> bool:
     """Whether a file is read as a still, by its suffix (`IMAGE_SUFFIXES`)."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
+@_names_its_file
 def probe(path: str | Path, *, decoder: str = "pyav") -> VideoInfo:
     """What is known of a video or still without decoding more than its first frame.
 
@@ -41,6 +65,7 @@ def probe(path: str | Path, *, decoder: str = "pyav") -> VideoInfo:
     return info
 
 
+@_names_its_file
 def read_clip(
     path: str | Path,
     *,
@@ -104,6 +129,34 @@ def read_clip(
         if len(outside):
             raise VideoError(path, f"no frame at {outside[0]:g} s, it lasts {duration_s:g} s")
         return Clip(*video.read(wanted_s, framing))
+
+
+@_names_its_file
+def probe_and_read(
+    path: str | Path,
+    *,
+    num_frames: int,
+    up_to_s: float,
+    side: int | None = None,
+    fit: Fit = "crop",
+    decoder: str = "pyav",
+) -> tuple[VideoInfo, Clip | None]:
+    """`probe`, and `read_clip` of the whole file unless it is longer, in one opening of it.
+
+    up_to_s: of a video of more seconds no clip is read, but None returned in its place. Raises what
+    `read_clip` does.
+    """
+    framing = Framing(side, fit, None)
+    path = _existing_file(path)
+    if is_image(path):
+        from fluxclip.video import stills  # imports Pillow
+
+        return stills.probe_still(path), stills.read_still(path, framing)
+    with _decoder(decoder).open_video(path) as video:
+        info: VideoInfo = video.info
+        if info.duration_s > up_to_s:
+            return info, None
+        return info, Clip(*video.read(evenly_spread(0.0, info.duration_s, num_frames), framing))
 
 
 def _checked_times(times_s: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

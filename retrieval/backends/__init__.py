@@ -11,11 +11,14 @@ import numpy as np
 
 
 class VectorIndex(Protocol):
-    """Inner-product search over float32 vectors with explicit int64 ids.
+    """Inner-product search over float32 vectors with explicit int64 ids; it is never changed.
 
-    A backend's class also has `build(ids_N, vectors_ND, factory=...)` and `load(path)`, which
-    returns the index with the header it was saved with, or raises ValueError or OSError.
+    A backend's class also has `build(ids_N, vectors_ND, factory=...)` and `load(path, verify=...)`,
+    which returns the index with the header it was saved with, or raises ValueError or OSError.
     """
+
+    def __len__(self) -> int:
+        """Number of vectors held."""
 
     @property
     def ids_N(self) -> np.ndarray:
@@ -28,12 +31,6 @@ class VectorIndex(Protocol):
     @property
     def vectors_ND(self) -> np.ndarray:
         """Vectors held, float32, in the order of `ids_N`. Only where `is_exact`."""
-
-    def add(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
-        """Take in vectors under ids it does not hold."""
-
-    def remove(self, ids_N: np.ndarray) -> None:
-        """Drop ids. Only where `is_exact`; other indexes are built anew."""
 
     def search(
         self, queries_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None

@@ -3,7 +3,14 @@
 The file is what `faiss.write_index` writes, then a trailer: JSON of the header and a sha256 over
 index and header, the length of that JSON as 8 bytes (little-endian), and 8 bytes that mark the
 end. FAISS reads only its own part, so other tools open the file too; and index, header and
-checksum are replaced in one step. FAISS itself loads many damaged files without complaint.
+checksum are replaced in one step. FAISS itself loads many damaged files without complaint, so the
+checksum is computed at every load, but for large files: reading all of them would cost more than
+the search that one is loaded for. These are verified by `Collection.check`, and read back when they
+are written; what damage since then can do is to hide a segment, as every score that is shown comes
+from SQLite. That a file is whole, of this collection and of its history is verified always.
+
+A loaded index is mapped into memory, not read: it takes memory only as it is searched, shared by
+all processes that do. FAISS aborts or crashes when such an index is changed; nothing here does.
 Shape legend: N vectors, Q queries, K results, D width.
 """
 
@@ -12,12 +19,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import faiss
 import numpy as np
 
-_MARK = b"FLUXIDX1"
+VERIFIED_BYTES = 256 << 20  # files up to this size are verified at every load, in 0.3 s or less
+
+_MARK = b"FLUXIDX2"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -25,7 +34,7 @@ class FaissIndex:
     """A FAISS index over unit vectors with int64 ids; see `VectorIndex` for its methods."""
 
     def __init__(self, index: Any) -> None:
-        self._index = index  # always an IndexIDMap2
+        self._index = index  # always an IndexIDMap
 
     @classmethod
     def build(
@@ -49,7 +58,7 @@ class FaissIndex:
                 inner.train(vectors_ND)
             _probe_one_list_in_16(inner)
             # not IVF's own ids: one kind of index to save, load and search
-            index = faiss.IndexIDMap2(inner)
+            index = faiss.IndexIDMap(inner)
             if n:
                 index.add_with_ids(vectors_ND, ids_N)
         except RuntimeError as error:
@@ -58,6 +67,9 @@ class FaissIndex:
                 'add more videos first, or use "Flat"'
             ) from error
         return cls(index)
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
 
     @property
     def ids_N(self) -> np.ndarray:
@@ -71,15 +83,6 @@ class FaissIndex:
     def vectors_ND(self) -> np.ndarray:
         assert self.is_exact
         return self._index.index.reconstruct_n(0, self._index.ntotal)
-
-    def add(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
-        self._index.add_with_ids(vectors_ND, ids_N)
-
-    def remove(self, ids_N: np.ndarray) -> None:
-        # IndexIDMap2 closes the gap in its ids as a flat index does in its vectors; others keep
-        # their numbering, and ids would then point at the wrong vectors.
-        assert self.is_exact
-        self._index.remove_ids(ids_N)
 
     def search(
         self, queries_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None
@@ -105,30 +108,37 @@ class FaissIndex:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except RuntimeError as error:
-            raise OSError(f"cannot write {temporary}: {_reason(error)}") from error
+            raise OSError(f"cannot write {path}: {_reason(error)}") from error
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)  # is there only after a failure: a full disk
 
     @classmethod
-    def load(cls, path: Path) -> tuple["FaissIndex", dict[str, Any]]:
-        """The index in a file, and the header saved with it.
+    def load(
+        cls, path: Path, *, verify: Literal["small", "always"] = "small"
+    ) -> tuple["FaissIndex", dict[str, Any]]:
+        """Map the index in a file; returned with the header that was saved with it.
 
+        verify: compute the checksum of every file, or of those up to VERIFIED_BYTES.
         Raises FileNotFoundError, and ValueError for a file that is cut off or damaged.
         """
-        with path.open("rb") as file:  # one handle: the file may be replaced at any time
+        with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             trailer_size, trailer = _trailer(file, size)
-            index_size = size - trailer_size
             file.seek(0)
-            if _digest(file, index_size, trailer["header"]) != trailer["sha256"]:
+            if (verify == "always" or size <= VERIFIED_BYTES) and (
+                _digest(file, size - trailer_size, trailer["header"]) != trailer["sha256"]
+            ):
                 raise ValueError("its checksum is wrong")
-            file.seek(0)
             try:
-                reader = faiss.PyCallbackIOReader(file.read, _CHUNK_BYTES)  # type: ignore[attr-defined]
-                index = faiss.read_index(reader)
+                index = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError as error:
                 raise ValueError(f"this FAISS cannot read it: {_reason(error)}") from error
-        if not isinstance(index, faiss.IndexIDMap2):
+            # FAISS opens it by its name, under which another one may have been put meanwhile
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return cls.load(path, verify=verify)
+        if not isinstance(index, faiss.IndexIDMap):
             raise ValueError("it is not an index with ids")
         return cls(index), trailer["header"]
 
@@ -140,7 +150,7 @@ def _trailer(file: BinaryIO, size: int) -> tuple[int, dict[str, Any]]:
     end = file.read(fixed)
     length = int.from_bytes(end[:8], "little")
     if end[8:] != _MARK or length + fixed > size:
-        raise ValueError("it is cut off")
+        raise ValueError("it is cut off, or not of this version of fluxclip")
     file.seek(size - fixed - length)
     try:
         trailer = json.loads(file.read(length))

@@ -341,6 +341,63 @@ def test_kill_leaves_whole_videos_and_adding_again_completes(
         assert [len(_segments(collection, path)) for path in clips[:3]] == num_windows
 
 
+def test_a_disk_that_fills_up_keeps_what_is_committed(cats: Collection, clips: list[Path]) -> None:
+    """A limit on the size of files stands for the disk: it needs no rights."""
+    script = f"""
+        import resource, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from layout_embedder import LayoutEmbedder
+        from retrieval import Collection
+
+        collection = Collection.open({str(cats._store.folder)!r}, model=LayoutEmbedder())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        try:
+            collection.add({[str(path) for path in clips]!r}, progress=lambda *done: print(done[0]))
+        except OSError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    *committed, message = done.stdout.splitlines()
+    assert message.startswith("the disk of collection 'cats' fails or is full")
+    assert message.endswith("what was committed is kept")
+    assert 0 < len(committed) < len(clips) and len(cats) == len(committed)
+    assert cats.check().problems == ()
+    assert len(cats.search(video=clips[0], k=50)) == len(committed)
+    report = cats.add(clips)
+    assert (report.added, report.skipped) == (20 - len(committed), len(committed))
+
+
+class _Breaks(LayoutEmbedder):
+    """A model with a fault of the program, not of a file."""
+
+    def embed_video(
+        self, videos: Sequence[str | Path | Clip], *, token_budget: int | None = None
+    ) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+
+def test_whatever_breaks_names_the_files(tmp_path: Path, clips: list[Path]) -> None:
+    with (
+        Collection.create(tmp_path / "a", model=_Breaks()) as collection,
+        pytest.raises(RuntimeError, match="out of memory") as error,
+    ):
+        collection.add(clips[:2])
+    assert error.value.__notes__ == [f"while embedding {clips[0]}, {clips[1]}"]
+
+
+def test_a_file_that_breaks_the_reader_is_named(
+    cats: Collection, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxclip.video.decoders import pyav
+
+    monkeypatch.delattr(pyav, "open_video")  # a fault of the program
+    with pytest.raises(AttributeError, match="open_video") as error:
+        cats.add(clips[:1])
+    assert error.value.__notes__ == [f"while reading {clips[0]}"]
+
+
 def test_linked_folders_are_searched_once(
     cats: Collection, clips: list[Path], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
+from retrieval.backends import faiss_index
 from retrieval.backends.faiss_index import FaissIndex
 
 DIM = 24
@@ -60,19 +61,6 @@ def test_search_among_allowed_ids_is_exact(
     np.testing.assert_array_equal(ids, expected)
 
 
-def test_add_and_remove_equal_a_new_index(ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
-    index = FaissIndex.build(ids_N[:200], vectors_ND[:200])
-    index.remove(ids_N[50:120])
-    index.add(ids_N[200:], vectors_ND[200:])
-    kept = np.r_[0:50, 120:300]
-    queries = _unit_vectors(6, seed=5)
-    assert set(index.ids_N) == set(ids_N[kept])
-    by_id = dict(zip(ids_N.tolist(), vectors_ND, strict=True))
-    np.testing.assert_array_equal(index.vectors_ND, [by_id[i] for i in index.ids_N.tolist()])
-    expected = _brute_force(ids_N[kept], vectors_ND[kept], queries, 9)
-    np.testing.assert_array_equal(index.search(queries, 9)[0], expected)
-
-
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16", "SQ8", "PCA16,IVF4,SQ8"])
 def test_every_kind_keeps_ids_through_a_file(
     tmp_path: Path, ids_N: np.ndarray, vectors_ND: np.ndarray, factory: str
@@ -80,7 +68,7 @@ def test_every_kind_keeps_ids_through_a_file(
     index = FaissIndex.build(ids_N, vectors_ND, factory=factory)
     index.save(tmp_path / "index.faiss", {"revision": 7})
     again, header = FaissIndex.load(tmp_path / "index.faiss")
-    assert header == {"revision": 7}
+    assert header == {"revision": 7} and len(again) == 300
     assert again.is_exact == (factory == "Flat")
     queries = _unit_vectors(3, seed=6)
     np.testing.assert_array_equal(again.search(queries, 4)[0], index.search(queries, 4)[0])
@@ -115,6 +103,34 @@ def test_no_damaged_file_is_taken(
     path.write_bytes(data + b"\0")
     with pytest.raises(ValueError):
         FaissIndex.load(path)
+
+
+def test_a_large_file_is_read_whole_only_to_verify_it(
+    tmp_path: Path, ids_N: np.ndarray, vectors_ND: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "index.faiss"
+    FaissIndex.build(ids_N, vectors_ND).save(path, {})
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # in a vector
+    path.write_bytes(data)
+    monkeypatch.setattr(faiss_index, "VERIFIED_BYTES", len(data) - 1)
+    assert len(FaissIndex.load(path)[0]) == 300
+    with pytest.raises(ValueError, match="its checksum is wrong"):
+        FaissIndex.load(path, verify="always")
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="it is cut off"):
+        FaissIndex.load(path)
+
+
+def test_a_loaded_index_is_mapped_and_outlives_its_file(tmp_path: Path) -> None:
+    path, vectors = tmp_path / "index.faiss", _unit_vectors(40_000)
+    FaissIndex.build(np.arange(40_000), vectors).save(path, {})
+    index, _ = FaissIndex.load(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    FaissIndex.build(np.arange(5), vectors[:5]).save(path, {})
+    queries = _unit_vectors(3, seed=8)
+    expected = _brute_force(np.arange(40_000), vectors, queries, 4)
+    np.testing.assert_array_equal(index.search(queries, 4)[0], expected)
 
 
 def test_an_unknown_kind_and_too_few_vectors_are_said_in_a_line(

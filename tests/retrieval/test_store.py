@@ -194,7 +194,7 @@ def test_what_is_no_collection_is_said(store: Store, tmp_path: Path) -> None:
     newer = sqlite3.connect(database)
     newer.execute("PRAGMA user_version = 99")
     newer.close()
-    with pytest.raises(ValueError, match="'cats' has format 99, this program reads up to 2"):
+    with pytest.raises(ValueError, match="'cats' has format 99, this program reads up to 3"):
         Store(store.folder)
 
     database.write_bytes(b"not a database at all, not even nearly" * 100)
@@ -210,7 +210,7 @@ def test_a_file_of_an_older_format_is_brought_up_to_date(
     monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, later))
     again = Store(store.folder)
     assert again._db.execute("SELECT path, title FROM videos").fetchall() == [("/a", None)]
-    assert again._db.execute("PRAGMA user_version").fetchone() == (3,)
+    assert again._db.execute("PRAGMA user_version").fetchone() == (4,)
     assert again.segment_ids().tolist() == [1, 2]
     assert again.has_revision(store.revision())
 
@@ -240,6 +240,34 @@ def test_a_revision_is_told_from_another_of_the_same_number(store: Store) -> Non
     assert store.revision()[0] == other.revision()[0]
     assert store.has_revision(common) and other.has_revision(common)
     assert store.has_revision(store.revision()) and not store.has_revision(other.revision())
+
+
+def test_what_was_removed_since_a_revision_is_known(store: Store) -> None:
+    _put(store, "/a", 3)
+    _put(store, "/bb", 2)
+    [at_first, *_] = revisions = [store.revision()[0]]
+    store.remove_segment(2)
+    revisions.append(store.revision()[0])
+    store.remove_video("/bb")
+    revisions.append(store.revision()[0])
+    _put(store, "/a", 1)  # replaced
+    assert sorted(store.removed_since(at_first).tolist()) == [1, 2, 3, 4, 5]
+    since = [sorted(store.removed_since(revision).tolist()) for revision in revisions[1:]]
+    assert since == [[1, 3, 4, 5], [1, 3]]
+    assert store.removed_since(store.revision()[0]).tolist() == []
+    ids, vectors = store.vectors(after=5)
+    assert ids.tolist() == [6]
+    np.testing.assert_array_equal(vectors, store.vectors(np.array([6]))[1])
+
+
+def test_check_removes_what_a_killed_create_left(store: Store) -> None:
+    parent = store.folder.parent
+    for name in (".cats.123.unfinished", ".cats.b.123.unfinished", ".cats.unfinished"):
+        (parent / name).mkdir()
+    [said] = store.remove_unfinished()
+    assert said.startswith(".cats.123.unfinished was removed")
+    left = sorted(path.name for path in parent.iterdir())
+    assert left == [".cats.b.123.unfinished", ".cats.unfinished", "cats"]
 
 
 def test_a_damaged_vector_is_not_searched(store: Store) -> None:

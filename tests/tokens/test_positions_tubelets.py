@@ -67,7 +67,7 @@ def test_a_grid_with_as_many_entries_but_another_shape_is_interpolated() -> None
 def test_the_cache_follows_a_fused_optimizer() -> None:
     """Which changes parameters without telling PyTorch's version counter."""
     positions = GlobalPositions(4, 3, 32)
-    adamw = optimizer.adamw(positions, lr=0.1, betas=(0.9, 0.98), weight_decay=0.0)
+    adamw = optimizer.build(positions, lr=0.1, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(2):
         positions.eval()
         with torch.no_grad():

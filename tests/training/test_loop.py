@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from small_run import QUIET, metrics, read
 
 from fluxclip import load_model
 from fluxclip.model import weights
@@ -15,37 +15,6 @@ from fluxclip.training import recipe as recipes
 from fluxclip.training.forward import Forward
 from fluxclip.training.loop import dataset, train
 from fluxclip.training.validation import Validation
-
-QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def changes(tmp_path: Path, emoji: Path) -> list[str]:
-    """The demo's recipe, cut down to seconds: 16 clips, 8 stills, learned by heart."""
-    for name, count in (("train", 16), ("stills", 8), ("val", 4)):
-        records = json.loads((emoji / f"{name}.json").read_text())[:count]
-        for record in records:
-            record["video"] = str(emoji / record["video"])
-        (tmp_path / f"{name}.json").write_text(json.dumps(records))
-    return [
-        f"output={tmp_path / 'run'}",
-        f"data.0.annotations={tmp_path / 'train.json'}",
-        f"data.1.annotations={tmp_path / 'stills.json'}",
-        f"validation.annotations={tmp_path / 'val.json'}",
-        "data.0.batch=8", "data.1.batch=4", "data.0.cache_frames=8",
-        "flux.frames=[2,4,2]", "flux.sides=[28,56,28]", "flux.tokens=[4,64]",
-        "flux.budgets=[32,8]", "flux.grids=[[64,4,56],[8,4,28]]",
-        "optimizer.steps=40", "optimizer.warmup_steps=4", "validation.every=20",
-        "save_as=fp32",
-    ]  # fmt: skip
-
-
-def read(changes: list[str]) -> recipes.Recipe:
-    return recipes.read(Path(__file__).parents[2] / "configs" / "demo.toml", changes)
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_learns_and_leaves_what_it_promises(changes: list[str], tmp_path: Path) -> None:
@@ -94,7 +63,7 @@ def forward_of(changes: list[str]) -> tuple[Forward, Any]:
     torch.manual_seed(0)
     model = weights.build(recipe.model_config()).train()
     data = dataset(recipe)
-    return Forward(model, data.sources, objective="contrastive", align=1.0, seed=0), data[0]
+    return Forward(model, data.sources, recipe), data[0]
 
 
 def test_random_drop_draws_anew_in_each_step(changes: list[str]) -> None:

@@ -99,7 +99,7 @@ def test_weight_decay_is_for_trained_matrices_only() -> None:
 
     model = Small()
     decayed, free = optimizer.parameter_groups(model, weight_decay=0.1)
-    assert decayed == {"params": [model.linear.weight], "weight_decay": 0.1}
+    assert decayed == {"params": [model.linear.weight], "weight_decay": 0.1, "scale": 1.0}
     assert free["weight_decay"] == 0.0
     ids = {id(p) for p in free["params"]}  # type: ignore[attr-defined]
     assert ids == {id(model.linear.bias), id(model.positions.table), id(model.log_scale)}

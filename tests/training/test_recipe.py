@@ -114,3 +114,10 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").write_text("")
     with pytest.raises(ValueError, match="missing key 'output'"):
         recipes.read(tmp_path / "empty.toml")
+
+
+def test_the_shipped_recipes_are_right_whatever_files_are_there() -> None:
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")):
+        recipe = recipes.read(path)
+        assert Path(recipe.data[0].annotations).is_file()
+        recipe.model_config()

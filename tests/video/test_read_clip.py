@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from video_files import decode_all, grey_pictures, level_of, on_screen, remux, write_video
 
 from fluxclip import plugins
-from fluxclip.video import evenly_spread, probe, random_crop, read_clip
+from fluxclip.video import evenly_spread, probe, probe_and_read, random_crop, read_clip
 
 DECODERS = plugins.available("fluxclip.video.decoders")
 
@@ -435,3 +436,20 @@ def test_a_decoder_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = write_video(tmp_path / "v.mp4", grey_pictures(5))
     clip = read_clip(path, num_frames=2, decoder="outside.decoder")
     assert clip.frames_THWC.shape == (2, 48, 64, 3)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_probing_and_reading_at_once_gives_what_each_gives(
+    emoji: Path, film: Path, decoder: str
+) -> None:
+    still = emoji / "stills" / "00a9-fe0f.webp"
+    for path in (emoji / "clips" / "1f300.mp4", film, still):
+        duration_s = probe(path, decoder=decoder).duration_s
+        read = partial(probe_and_read, path, num_frames=5, side=48, fit="squash", decoder=decoder)
+        info, clip = read(up_to_s=duration_s)
+        alone = read_clip(path, num_frames=5, side=48, fit="squash", decoder=decoder)
+        assert info == probe(path, decoder=decoder) and clip is not None
+        np.testing.assert_array_equal(clip.frames_THWC, alone.frames_THWC)
+        np.testing.assert_array_equal(clip.times_s, alone.times_s)
+        if duration_s:
+            assert read(up_to_s=duration_s - 0.01) == (info, None)

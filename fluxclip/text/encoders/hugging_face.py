@@ -5,6 +5,7 @@ Shape legend: B captions, L tokens, D width.
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,6 +50,20 @@ class HuggingFaceEncoder(TextEncoder):
         )  # fmt: skip
         ids_BL: Tensor = batch["input_ids"]
         return ids_BL
+
+    def tokenizer_json(self) -> str:
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"the tokenizer {type(self.tokenizer).__name__} has no tokenizer.json")
+        # a copy: transformers sets padding and truncation anew at every call
+        tokenizer = deepcopy(self.tokenizer.backend_tokenizer)
+        tokenizer.enable_truncation(self.max_tokens, direction=self.tokenizer.truncation_side)
+        tokenizer.enable_padding(
+            direction=self.tokenizer.padding_side,
+            pad_id=self.tokenizer.pad_token_id,
+            pad_token=self.tokenizer.pad_token,
+        )
+        text: str = tokenizer.to_str()
+        return text
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         mask_BL = (ids_BL != self.tokenizer.pad_token_id).long()
@@ -97,7 +112,10 @@ def _pooling(where: str) -> str:
     )  # fmt: skip
     if path is None:
         return "mean"
-    settings = json.loads(Path(path).read_text())
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
     wanted = sorted(key for key, value in settings.items() if value is True)
     if settings.get("pooling_mode") in ("mean", "cls"):  # the form of newer files
         return str(settings["pooling_mode"])

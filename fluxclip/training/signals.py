@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM while a run goes: it finishes the step and saves its state before it ends."""
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+
+class StopSignals:
+    """A context manager that notes the two signals, for the loop to act on after its step.
+
+    received: the number of the last signal, or None. A second Ctrl-C raises KeyboardInterrupt at
+    once. Elsewhere than in the main thread, where Python hands out signals, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def leave(self) -> NoReturn:
+        """End as the signal asks: KeyboardInterrupt, or SystemExit(143), 128 + SIGTERM."""
+        if self.received == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        # not through a console or sys.stderr: a handler may run in the middle of their writing
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
