@@ -26,6 +26,7 @@ from fluxclip.evaluation.ranking import (
     bootstrap_interval,
     chance,
     first_not_finite,
+    paired_bootstrap,
     retrieval_ranks,
 )
 from fluxclip.video import Clip, read_clip
@@ -75,8 +76,17 @@ class Means(_Facts):
     mean_rank: float
 
 
+class Change(Bounds):
+    """A mean difference with its 95 % interval."""
+
+    mean: float
+
+
 class Score(Means):
     """One direction with 95 % intervals and the rank of every query.
+
+    `mrr_change` is MRR minus that of the record's first budget, query by query: a paired bootstrap,
+    in which queries that are hard at every budget cancel out. The first budget has none.
 
     `ranks` is in the order of the task's texts (text-to-video) or videos (video-to-text); where
     the query is tied it is the mean rank, and `num_tied` counts such queries.
@@ -88,6 +98,7 @@ class Score(Means):
     r5_interval: Bounds
     r10_interval: Bounds
     mrr_interval: Bounds
+    mrr_change: Change | None = None
     num_tied: int
     ranks: list[float]
 
@@ -203,6 +214,7 @@ def evaluate(
     embed_text_s = time.perf_counter() - start
     _require_unit(text_MD, [f"text {text!r}" for text in task.texts], model)
     embedded = _embed_videos(model, task, budgets, on_progress or (lambda done, total: None))
+    first = retrieval_ranks(embedded[budgets[0]].vectors_ND, text_MD, task.video_of_text_M)
 
     return Record(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -224,6 +236,7 @@ def evaluate(
                 budget=budget,
                 embedded=embedded[budget],
                 text_MD=text_MD,
+                first=None if budget == budgets[0] else first,
                 temperature=dual_softmax_temperature,
                 seed=seed,
             )
@@ -306,6 +319,7 @@ def _result(
     budget: int | None,
     embedded: _Embedded,
     text_MD: npt.NDArray[np.float32],
+    first: RetrievalRanks | None,
     temperature: float,
     seed: int,
 ) -> BudgetResult:
@@ -325,7 +339,7 @@ def _result(
         macs=None if macs is None else macs(num_frames, side, budget),
         decode_s=embedded.decode_s,
         embed_s=embedded.embed_s,
-        cosine=_scores(task, plain, seed),
+        cosine=_scores(task, plain, seed, first=first),
         dual_softmax=DualSoftmax(temperature=temperature, scores=_scores(task, dual, seed)),
     )
 
@@ -358,25 +372,37 @@ def _require_unit(
         )
 
 
-def _scores(task: RetrievalTask, found: RetrievalRanks, seed: int) -> Scores:
-    """Numbers of both directions, with intervals over videos."""
+def _scores(
+    task: RetrievalTask, found: RetrievalRanks, seed: int, *, first: RetrievalRanks | None = None
+) -> Scores:
+    """Numbers of both directions, with intervals over videos; `first` is what to compare with."""
     return Scores(
         text_to_video=_score(
-            found.text_to_video, len(task.videos), group_Q=task.video_of_text_M, seed=seed
+            found.text_to_video, len(task.videos), group_Q=task.video_of_text_M, seed=seed,
+            first=first and first.text_to_video,
         ),
         video_to_text=_score(
-            found.video_to_text, len(task.texts), group_Q=np.arange(len(task.videos)), seed=seed
+            found.video_to_text, len(task.texts), group_Q=np.arange(len(task.videos)), seed=seed,
+            first=first and first.video_to_text,
         ),
-    )
+    )  # fmt: skip
 
 
-def _score(ranks: Ranks, num_gallery: int, *, group_Q: Ints, seed: int) -> Score:
+def _score(
+    ranks: Ranks, num_gallery: int, *, group_Q: Ints, seed: int, first: Ranks | None
+) -> Score:
     """Numbers of one direction; captions of one video are drawn together in the intervals."""
 
     def bounds(values_Q: Floats) -> Bounds:
         interval = bootstrap_interval(100 * values_Q, group_Q=group_Q, seed=seed)
         return Bounds(low=interval.low, high=interval.high)
 
+    change = None
+    if first is not None:
+        paired = paired_bootstrap(
+            100 * ranks.reciprocal_Q(), 100 * first.reciprocal_Q(), group_Q=group_Q, seed=seed
+        )
+        change = Change(mean=paired.mean, low=paired.low, high=paired.high)
     return Score(
         **_means(ranks).model_dump(),
         num_queries=len(ranks),
@@ -385,6 +411,7 @@ def _score(ranks: Ranks, num_gallery: int, *, group_Q: Ints, seed: int) -> Score
         r5_interval=bounds(ranks.recall_Q(5)),
         r10_interval=bounds(ranks.recall_Q(10)),
         mrr_interval=bounds(ranks.reciprocal_Q()),
+        mrr_change=change,
         num_tied=int(np.count_nonzero(ranks.tied_Q)),
         ranks=ranks.mean_Q().tolist(),
     )

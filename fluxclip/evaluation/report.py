@@ -79,6 +79,14 @@ def print_table(record: Record, console: Console) -> None:
         guess = getattr(record.chance, direction)
         table.add_row("guess", *score_cells(guess), style="dim")
         console.print(table)
+        changes = [
+            f"{budget_name(result)} {c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f})"
+            for result, score in scores
+            if (c := score.mrr_change) is not None
+        ]
+        if changes:
+            first = budget_name(record.results[0])
+            console.print(Text(f"MRR against {first}, paired: {', '.join(changes)}"))
         num_tied = max(score.num_tied for _, score in scores)
         if num_tied:
             console.print(f"up to {num_tied} queries are tied: their mean over all orders counts")

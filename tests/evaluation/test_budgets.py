@@ -83,6 +83,28 @@ def test_every_caption_is_a_query_and_repeated_ones_are_counted(
     assert record.results[0].cosine.video_to_text.r1 == 100
 
 
+class MixedUpAtTwo(ColourEmbedder):
+    """Gives the clips each other's vectors at a budget of 2 tokens."""
+
+    def embed_video(
+        self, videos: Sequence[str | Path | Clip], *, token_budget: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        vectors = super().embed_video(videos, token_budget=token_budget)
+        if token_budget == 2:
+            vectors = vectors[::-1].copy()
+        return vectors
+
+
+def test_mrr_of_a_budget_is_compared_with_the_first_query_by_query(hearts: RetrievalTask) -> None:
+    record = evaluate(MixedUpAtTwo(), hearts, budgets=[8, 4, 2])
+    full, same, worse = (result.cosine.text_to_video for result in record.results)
+    assert full.mrr_change is None
+    assert same.mrr_change is not None and worse.mrr_change is not None
+    assert (same.mrr_change.low, same.mrr_change.mean, same.mrr_change.high) == (0, 0, 0)
+    assert worse.mrr_change.mean == pytest.approx(worse.mrr - full.mrr)
+    assert worse.mrr_change.low < worse.mrr_change.mean < worse.mrr_change.high < 0
+
+
 def test_progress_counts_to_the_end(model: ColourEmbedder, hearts: RetrievalTask) -> None:
     seen: list[tuple[int, int]] = []
     evaluate(model, hearts, budgets=[8, 2, 8], on_progress=lambda *step: seen.append(step))
