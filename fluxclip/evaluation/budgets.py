@@ -379,11 +379,11 @@ def _scores(
     return Scores(
         text_to_video=_score(
             found.text_to_video, len(task.videos), group_Q=task.video_of_text_M, seed=seed,
-            first=first and first.text_to_video,
+            first=None if first is None else first.text_to_video,
         ),
         video_to_text=_score(
             found.video_to_text, len(task.texts), group_Q=np.arange(len(task.videos)), seed=seed,
-            first=first and first.video_to_text,
+            first=None if first is None else first.video_to_text,
         ),
     )  # fmt: skip
 
