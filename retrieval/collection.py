@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -143,17 +142,14 @@ class Collection:
             "window_s": float(window_s),
             "index": "Flat",
         }
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # exported first, as it takes seconds: a collection that is there is whole
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            exported = Path(temporary) / FOLDER
+
+        def export(unfinished: Path) -> None:
             try:
-                export_text_encoder(embedder, exported)
+                export_text_encoder(embedder, unfinished / FOLDER)
             except ValueError as error:
                 _log.info("collection %r: queries by text need the model: %s", folder.name, error)
-            Store.create(folder, settings)
-            if exported.exists():
-                exported.rename(folder / FOLDER)
+
+        Store.create(folder, settings, beside=export)
         return cls(Store(folder), embedder)
 
     @classmethod

@@ -6,6 +6,7 @@ it; they need shared memory, so all processes that open one collection run on on
 Shape legend: N vectors, D width.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -14,7 +15,7 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -131,19 +132,24 @@ class Store:
                 raise
 
     @staticmethod
-    def create(folder: Path, settings: Mapping[str, Any]) -> None:
+    def create(
+        folder: Path, settings: Mapping[str, Any], *, beside: Callable[[Path], None] | None = None
+    ) -> None:
         """Make a folder with an empty collection in it, in one step. FileExistsError if it exists.
 
         settings: whatever JSON can hold, `settings()` gives it back; "dim" is the vectors' width.
+        beside: writes what else belongs into the folder, before it has its name.
         """
         refuse_existing(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
-        unfinished.mkdir()
         try:
             with _plain_errors(folder):
+                unfinished.mkdir()
                 _fill_new(unfinished / DATABASE, settings)
-            unfinished.rename(folder)
+                if beside is not None:
+                    beside(unfinished)
+                unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -511,7 +517,10 @@ def _encode(key: str, value: object) -> str:
 
 @contextmanager
 def _plain_errors(folder: Path) -> Iterator[None]:
-    """Turn SQLite's errors about the file into OSError and ValueError; let mistakes of ours be."""
+    """Turn errors about the file into OSError and ValueError that name the collection.
+
+    Mistakes of ours are let through as they are.
+    """
     try:
         yield
     except sqlite3.Error as error:
@@ -526,13 +535,14 @@ def _plain_errors(folder: Path) -> Iterator[None]:
                 f"collection {folder.name!r} cannot be opened or written: {error} ({folder})"
             ) from error
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            raise OSError(
-                f"the disk of collection {folder.name!r} fails or is full: {error} ({folder}); "
-                "what was committed is kept"
-            ) from error
+            raise _full(folder, error) from error
         if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
             raise
         raise _damaged(folder, str(error)) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(folder, error) from error
+        raise
     except json.JSONDecodeError as error:
         raise _damaged(folder, f"a value is not JSON: {error}") from error
 
@@ -546,6 +556,13 @@ class _Settings(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         raise _damaged(self._folder, f"it has no setting {key!r}")
+
+
+def _full(folder: Path, error: Exception) -> OSError:
+    return OSError(
+        f"the disk of collection {folder.name!r} fails or is full: {error} ({folder}); "
+        "what was committed is kept"
+    )
 
 
 def _damaged(folder: Path, what: str) -> ValueError:

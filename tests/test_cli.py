@@ -278,7 +278,8 @@ def test_mistakes_about_recipes_and_data(tmp_path: Path, emoji: Path) -> None:
     wrong = refused("train", recipe, "--set", "optimizer.learning_rte=1")
     assert "unknown key 'optimizer.learning_rte'" in wrong
     assert "number" in refused("train", recipe, "--set", 'optimizer.lr="fast"')
-    gone = refused("train", recipe, "--set", f"data.0.annotations={tmp_path}/gone.json")
+    new_run = ("--set", f"output={tmp_path}/run")  # the recipe's own may hold a run already
+    gone = refused("train", recipe, *new_run, "--set", f"data.0.annotations={tmp_path}/gone.json")
     assert "gone.json" in gone
     assert "not found" in refused("eval", "--model", "emoji-tiny", "--data", tmp_path / "no.json")
     (tmp_path / "bad.json").write_text("[1")

@@ -1,5 +1,6 @@
 """The SQLite file: whole transactions, ids that never come back, errors in a line."""
 
+import errno
 import shutil
 import sqlite3
 import threading
@@ -42,6 +43,22 @@ def test_create_makes_the_folder_in_one_step(tmp_path: Path) -> None:
     with pytest.raises(TypeError):  # what JSON cannot hold
         Store.create(tmp_path / "a" / "dogs", {"dim": object()})
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["cats"]
+
+
+def test_what_belongs_beside_the_database_is_there_before_the_name(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        assert not (tmp_path / "cats").exists()
+        (folder / "tower").write_text("x")
+
+    Store.create(tmp_path / "cats", {"dim": DIM}, beside=write)
+    assert (tmp_path / "cats" / "tower").read_text() == "x"
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="the disk of collection 'dogs' fails or is full"):
+        Store.create(tmp_path / "dogs", {"dim": DIM}, beside=full)
+    assert [path.name for path in tmp_path.iterdir()] == ["cats"]
 
 
 def test_vectors_come_back_bit_for_bit_in_the_order_of_ids(store: Store) -> None:
