@@ -28,8 +28,11 @@ app = typer.Typer(
 )
 index_app = typer.Typer(help="Build and keep a collection of videos.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
+eval_app = typer.Typer(invoke_without_command=True)
+app.add_typer(eval_app, name="eval")
 
-Model = Annotated[str, typer.Option(help="folder, run folder, shipped name, hf:// or open_clip:")]
+_MODEL_HELP = "folder, run folder, shipped name, hf:// or open_clip:"
+Model = Annotated[str, typer.Option(help=_MODEL_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per line")]
 Captions = Literal["first", "all", "joined"]
 
@@ -118,35 +121,101 @@ def train(
     print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
 
 
-@app.command("eval")
+@eval_app.callback()
 def evaluate(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="annotations: JSON with video and caption")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option("--annotations", "--data", help="a data set's file, or its folder"),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="msrvtt, activitynet, vatex, kinetics400, ucf101, annotations")
+    ] = "annotations",
+    videos: Annotated[Path | None, typer.Option(help="folder of the video files")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="one that the protocol has, or a file with an id on a line")
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="of the captions: en, zh")] = None,
+    captions: Annotated[
+        Captions | None,
+        typer.Option(help="queries: each video's first caption, all, or all joined"),
+    ] = None,
+    caption_gallery: Annotated[
+        Literal["all", "best"],
+        typer.Option(help="video to text among all captions, or the best one of each video"),
+    ] = "all",
+    clean_captions: Annotated[
+        bool, typer.Option("--clean-captions", help="lower case, no punctuation")
+    ] = False,
+    views: Annotated[int, typer.Option(min=1, help="clips per video, for classification")] = 1,
     budgets: Annotated[
         str, typer.Option(help="token budgets, as in all,256,64; all is every token")
     ] = "all",
-    captions: Annotated[
-        Captions, typer.Option(help="queries: each video's first caption, all, or all joined")
-    ] = "first",
     output: Annotated[Path | None, typer.Option(help="folder for record.json, curve.png")] = None,
 ) -> None:
-    """Score zero-shot retrieval: R@1/5/10, MRR and ranks, both directions, at token budgets."""
-    from fluxclip import load_model
-    from fluxclip.evaluation import report
+    """Score a model at token budgets: zero-shot retrieval, or classification.
+
+    Vectors are kept in the output folder, so that the same command goes on where it was stopped;
+    torchrun shares the work.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    for option, value in (("--model", model), ("--annotations", annotations)):
+        if value is None:
+            raise ValueError(f"Missing option '{option}' (see fluxclip eval --help)")
+    from fluxclip import distributed, load_model
+    from fluxclip.evaluation import protocols, report
     from fluxclip.evaluation.budgets import evaluate
-    from fluxclip.evaluation.protocols.annotations import read
+    from fluxclip.evaluation.classification import classify
+    from fluxclip.evaluation.record import AnyRecord, Record, save_record
 
     wanted = _budgets(budgets)
-    task = read(data, captions=captions)
-    folder = output or Path("runs") / "eval" / f"{_as_file_name(model)}-{task.name}"
+    given = {"split": split, "language": language, "captions": captions}
+    choices = {name: choice for name, choice in given.items() if choice is not None}
+    task = protocols.read(protocol, str(annotations), videos=videos, **choices)
+    folder = output or Path("runs") / "eval" / _as_file_name(f"{model}-{task.protocol}")
     folder.mkdir(parents=True, exist_ok=True)
-    embedder = load_model(model)
-    with _progress("embed") as advance:
-        record = evaluate(embedder, task, budgets=wanted, on_progress=advance)
+    with distributed.together(), _progress("embed") as advance:
+        embedder = load_model(str(model), device=distributed.device())
+        record: AnyRecord
+        if isinstance(task, protocols.RetrievalTask):
+            record = evaluate(
+                embedder, task, budgets=wanted, caption_gallery=caption_gallery,
+                clean_captions=clean_captions, cache=folder / "vectors", on_progress=advance,
+            )  # fmt: skip
+        else:
+            record = classify(
+                embedder, task, budgets=wanted, num_views=views,
+                clean_captions=clean_captions, cache=folder / "vectors", on_progress=advance,
+            )  # fmt: skip
+    if distributed.rank() > 0:
+        return
+    save_record(record, folder / "record.json")
     report.print_table(record, _console("stdout"))
-    report.save_record(record, folder / "record.json")
-    report.plot_curve([record], folder / "curve.png")
-    print(f"record: {folder / 'record.json'}\nplot: {folder / 'curve.png'}")
+    print(f"record: {folder / 'record.json'}")
+    if isinstance(record, Record):
+        report.plot_curve([record], folder / "curve.png")
+        print(f"plot: {folder / 'curve.png'}")
+
+
+@eval_app.command("report")
+def eval_report(
+    records: Annotated[list[Path], typer.Argument(help="record.json of evaluations")],
+    output: Annotated[Path, typer.Option(help="folder for tokens.png, time.png")] = Path("."),
+) -> None:
+    """Set several retrieval records and published numbers side by side, in a table and two plots.
+
+    Everything is made from the records' numbers; nothing is measured again.
+    """
+    from fluxclip.evaluation import report
+    from fluxclip.evaluation.record import load_retrieval
+
+    loaded = load_retrieval(records)
+    report.print_comparison(loaded, _console("stdout"))
+    for against in ("tokens", "time"):
+        report.plot_curve(loaded, output / f"{against}.png", against=against)
+        print(f"plot: {output / f'{against}.png'}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from fluxclip.evaluation import page, report
 from fluxclip.evaluation.budgets import evaluate
 from fluxclip.evaluation.protocols import RetrievalTask
 from fluxclip.evaluation.protocols.annotations import read
+from fluxclip.evaluation.record import save_record
 from fluxclip.training import recipe as recipes
 from fluxclip.training.loop import train
 from fluxclip.video import read_clip
@@ -71,7 +72,7 @@ def run(output: Path, *, console: Console) -> Path:
     model = load_model(run_folder)
     task = read(data / "test.json")
     record = evaluate(model, task, budgets=BUDGETS)
-    report.save_record(record, output / "record.json")
+    save_record(record, output / "record.json")
     report.plot_curve([record], output / "curve.png")
     report.print_table(record, console)
 

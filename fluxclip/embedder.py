@@ -108,6 +108,20 @@ class Embedder:
                 vectors[rows] = self.model.encode_text(ids).float().cpu().numpy()
         return vectors
 
+    @property
+    def text_limit(self) -> int:
+        """Text tokens that the model reads; a longer text is cut."""
+        return self.model.text_limit
+
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are longer than `text_limit`."""
+        return self.model.are_cut(texts)
+
+    @property
+    def scorer(self) -> str | None:
+        """What chooses the tokens that a budget keeps; None if whole frames are dropped."""
+        return self.model.scorer if isinstance(self.model, FluxCLIP) else None
+
     def export_text(self, folder: str | Path) -> None:
         """Write what answers texts without torch into an existing folder; takes seconds.
 

@@ -17,6 +17,7 @@ from fluxclip.demo import answers
 from fluxclip.evaluation import page, report
 from fluxclip.evaluation.budgets import evaluate
 from fluxclip.evaluation.protocols.annotations import read
+from fluxclip.evaluation.record import save_record
 from retrieval import Collection
 
 BUDGETS = (None, 72, 36, 18, 9)  # of 144 tokens: all, a half, a quarter, ...
@@ -31,7 +32,7 @@ def main() -> None:
     task = read(Path("assets/animated-emoji/test.json"))
     record = evaluate(model, task, budgets=BUDGETS)
     report.print_table(record, Console())
-    report.save_record(record, Path("benchmarks") / f"{model.name}.json")
+    save_record(record, Path("benchmarks") / f"{model.name}.json")
     Path("docs").mkdir(exist_ok=True)
     report.plot_curve([record], Path("docs/curve.png"))
     with (

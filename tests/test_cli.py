@@ -205,7 +205,7 @@ def test_eval_writes_record_table_and_plot(emoji: Path, tmp_path: Path) -> None:
         record["video"] = str(emoji / record["video"])
     data = tmp_path / "twelve.json"
     data.write_text(json.dumps(records))
-    done = fluxclip("eval", "--model", "emoji-tiny", "--data", data, "--budgets", "all,32",
+    done = fluxclip("eval", "--model", "emoji-tiny", "--annotations", data, "--budgets", "all,32",
                     "--output", tmp_path / "out")  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "record.json").read_text())
@@ -213,6 +213,49 @@ def test_eval_writes_record_table_and_plot(emoji: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     cosine, dual = done.stdout.index("cosine"), done.stdout.lower().index("dual softmax")
     assert cosine < dual
+    record_file = tmp_path / "out" / "record.json"
+    report = fluxclip("eval", "report", record_file, "--output", tmp_path / "plots")
+    assert report.returncode == 0, report.stderr
+    assert "twelve" in report.stdout and "dual softmax" in report.stdout
+    for name in ("tokens.png", "time.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_names_the_class_of_clips(few: Path, tmp_path: Path) -> None:
+    clips = sorted(few.glob("*.mp4"))[:2]
+    for clip, name in zip(clips, ("v_JumpRope_g01_c01", "v_PlayingDaf_g01_c01"), strict=True):
+        (tmp_path / f"{name}.avi").symlink_to(clip)
+    (tmp_path / "classInd.txt").write_text("1 JumpRope\n2 PlayingDaf\n")
+    (tmp_path / "testlist01.txt").write_text(
+        "JumpRope/v_JumpRope_g01_c01.avi\nPlayingDaf/v_PlayingDaf_g01_c01.avi\n"
+    )
+    done = fluxclip("eval", "--model", "emoji-tiny", "--protocol", "ucf101", "--annotations",
+                    tmp_path, "--videos", tmp_path, "--output", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "UCF101 split 1 (2 of 3783 videos)" in done.stdout and "top-5" in done.stdout
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["num_classes"] == 2 and len(record["results"][0]["ranks"]) == 2
+    assert "record of a classification" in refused(
+        "eval", "report", tmp_path / "out" / "record.json"
+    )
+
+
+def test_mistakes_about_protocols(tmp_path: Path, emoji: Path) -> None:
+    def of(protocol: str, *more: object) -> str:
+        return refused("eval", "--model", "emoji-tiny", "--protocol", protocol, *more)
+
+    assert "unknown protocol 'msrvt'" in of("msrvt", "--annotations", tmp_path)
+    assert "has no MSRVTT_JSFUSION_test.csv" in of("msrvtt", "--annotations", tmp_path)
+    assert "no choice of language" in of("msrvtt", "--annotations", tmp_path, "--language", "en")
+    assert "Missing option '--annotations'" in of("vatex")
+    csv = tmp_path / "MSRVTT_JSFUSION_test.csv"
+    csv.write_text("key,vid_key,video_id,sentence\nret0,msr1,video1,a cat\n")
+    assert "--videos" in of("msrvtt", "--annotations", csv)
+    none = of("msrvtt", "--annotations", csv, "--videos", emoji / "clips")
+    assert "none of the 1 videos" in none and "video1.mp4" in none
+    record = tmp_path / "record.json"
+    record.write_text("{}")
+    assert "is not an evaluation record" in refused("eval", "report", record)
 
 
 def test_doctor_says_what_is_there() -> None:
@@ -281,13 +324,15 @@ def test_mistakes_about_recipes_and_data(tmp_path: Path, emoji: Path) -> None:
     new_run = ("--set", f"output={tmp_path}/run")  # the recipe's own may hold a run already
     gone = refused("train", recipe, *new_run, "--set", f"data.0.annotations={tmp_path}/gone.json")
     assert "gone.json" in gone
-    assert "not found" in refused("eval", "--model", "emoji-tiny", "--data", tmp_path / "no.json")
+    assert "not found" in refused(
+        "eval", "--model", "emoji-tiny", "--annotations", tmp_path / "no.json"
+    )
     (tmp_path / "bad.json").write_text("[1")
     assert "is not JSON" in refused(
-        "eval", "--model", "emoji-tiny", "--data", tmp_path / "bad.json"
+        "eval", "--model", "emoji-tiny", "--annotations", tmp_path / "bad.json"
     )
     assert "--budgets takes token counts" in refused(
-        "eval", "--model", "emoji-tiny", "--data", emoji / "val.json", "--budgets", "all,0"
+        "eval", "--model", "emoji-tiny", "--annotations", emoji / "val.json", "--budgets", "all,0"
     )
 
 

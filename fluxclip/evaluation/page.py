@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxclip.evaluation.budgets import BudgetResult, Record
+from fluxclip.evaluation.record import BudgetResult, Record
 from fluxclip.evaluation.report import (
     COST_HEADS,
     DIRECTIONS,
     DUAL_SOFTMAX_NOTE,
     SCORE_HEADS,
-    budget_name,
     cost_cells,
     font_path,
     plot_curve,
@@ -177,7 +176,7 @@ def _summary(record: Record) -> str:
 def _explanation(record: Record) -> str:
     """What is measured, in words for a reader who has not met it."""
     guess = record.chance.text_to_video
-    videos, texts = record.data.num_videos, record.data.num_texts
+    videos, texts = record.data.num_videos, record.data.texts.num_texts
     terms = {
         "The task": "The model turns a text and a clip into two lists of numbers, and the closer "
         "these point in one direction (their cosine), the better the match. Text to video: each "
@@ -186,7 +185,8 @@ def _explanation(record: Record) -> str:
         f"first k. Guessing gives {guess.r1:.1f}, {guess.r5:.1f} and {guess.r10:.1f}.",
         "MRR": "Mean reciprocal rank, times 100: a right answer counts 100 at place 1, 50 at "
         f"place 2, 10 at place 10, and the average is taken. Guessing gives {guess.mrr:.1f}.",
-        "Median and mean": "The typical and the average place of the right answer; 1 is best.",
+        "Mean": "The average of R@1, R@5 and R@10.",
+        "MdR and MnR": "The median and the mean place of the right answer; 1 is best.",
         "12.0 7-17": "The small range is a 95 % interval: with other queries of the same kind "
         "the number would fall about there. Differences smaller than the interval may be luck.",
         "Token budget": "A clip is cut into patches, called tokens, and only as many as the budget "
@@ -202,7 +202,7 @@ def _score_tables(record: Record) -> str:
     tables = []
     for direction, title in DIRECTIONS.items():
         rows = [
-            [budget_name(result), *score_cells(getattr(result.cosine, direction))]
+            [result.budget_name, *score_cells(getattr(result.cosine, direction))]
             for result in record.results
         ]
         guess = ["guess", *score_cells(getattr(record.chance, direction))]
@@ -214,7 +214,7 @@ def _score_tables(record: Record) -> str:
 def _cost_table(record: Record) -> str:
     """What a clip costs at each budget."""
     rows = [
-        [budget_name(result), *cost_cells(result, record.data.num_videos)]
+        [result.budget_name, *cost_cells(result, record.data.num_videos)]
         for result in record.results
     ]
     return _table("Cost of one clip in the video tower", ["budget", *COST_HEADS], rows)
@@ -225,7 +225,7 @@ def _dual_softmax(record: Record) -> str:
     tables = []
     for direction, title in DIRECTIONS.items():
         rows = [
-            [budget_name(result), *score_cells(getattr(result.dual_softmax.scores, direction))]
+            [result.budget_name, *score_cells(getattr(result.dual_softmax.scores, direction))]
             for result in record.results
         ]
         temperature = record.results[0].dual_softmax.temperature
@@ -318,9 +318,10 @@ def _where(hit: ShownHit) -> str:
 
 def _provenance(record: Record) -> str:
     """What somebody needs to get the same numbers."""
-    data, versions = record.data, record.environment
+    versions = record.environment
+    files = (f"{Path(p).name}, sha256 {digest[:16]}" for p, digest in record.data.files.items())
     return (
-        f"Data: {Path(data.path).name}, sha256 {data.sha256[:16]}, captions={data.captions}. "
+        f"Data: {'; '.join(files)}, captions={record.captions}. "
         f"Model fingerprint: {record.model.fingerprint}. Bootstrap seed {record.seed}. "
         f"{', '.join(f'{name} {value}' for name, value in versions.items())}."
     )

@@ -1,115 +1,201 @@
-"""An evaluation as a JSON record, as tables on the screen and as a curve against tokens."""
+"""Records of evaluations as tables on the screen and as curves against tokens and time."""
 
 import itertools
-import os
-import re
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fluxclip.evaluation.budgets import Bounds, BudgetResult, Means, Record
+from fluxclip.evaluation.record import (
+    AnyRecord,
+    Bounds,
+    ClassificationRecord,
+    Cost,
+    DataFacts,
+    Means,
+    Record,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DIRECTIONS = {"text_to_video": "text to video", "video_to_text": "video to text"}
 METRICS = ("r1", "r5", "r10", "mrr")
-SCORE_HEADS = ("R@1", "R@5", "R@10", "MRR", "median", "mean")
+SCORE_HEADS = ("R@1", "R@5", "R@10", "mean", "MRR", "MdR", "MnR")
 COST_HEADS = ("tokens", "frames", "GMAC", "embed ms", "decode ms")
 DUAL_SOFTMAX_NOTE = (
     "Dual softmax re-weights every score by all queries of the test set at once, which a search "
     "does not have: compare it only with other dual-softmax numbers at the same temperature."
 )
+_COMPARED_HEADS = ("model", "tokens", "scores", "t2v R@1", "R@10", "v2t R@1", "R@10")
+_SHOWN = 5  # names in a line
 COLOURS = ("#1f5fa8", "#c8641e", "#3a7d44", "#7b4fa3", "#a33b4b", "#4a4a4a")
 
 
-def save_record(record: Record, path: str | Path) -> None:
-    """Write a record as JSON, folders made as needed; an existing file is replaced whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = record.model_dump_json(indent=1)
-    # Ranks on one line: a number a line buries the rest of the record.
-    text = re.sub(r"\[[\d.,\s]*\]", lambda found: " ".join(found[0].split()), text)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(f"{text}\n", encoding="utf-8")
-    unfinished.replace(path)
+@dataclass(frozen=True)
+class Published:
+    """R@1 (%) that others published, on a protocol of ours.
 
-
-def load_record(path: str | Path) -> Record:
-    """Read a record that `save_record` wrote.
-
-    Raises FileNotFoundError if it is missing and ValueError, with the first thing wrong, if it is
-    not such a record.
+    scores: "cosine", "dual softmax" or "reranked". differs: how it was measured otherwise.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"evaluation record {path} not found")
-    try:
-        return Record.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{path} is not an evaluation record: {where + ': ' if where else ''}{first['msg']}; "
-            "expected a file written by `fluxclip eval`"
-        ) from error
+
+    protocol: str
+    model: str
+    scores: str
+    source: str
+    t2v_r1: float | None = None
+    v2t_r1: float | None = None
+    tokens: int | None = None
+    differs: str | None = None
 
 
-def print_table(record: Record, console: Console) -> None:
-    """Print the numbers of a record: plain cosine first, cost, and dual softmax apart."""
-    data, model = record.data, record.model
-    repeated = f", {data.num_repeated_texts} texts repeated" if data.num_repeated_texts else ""
-    heading = (
-        f"{model.name}@{model.fingerprint[:6]} on {data.name}: {data.num_texts} texts "
-        f"(captions={data.captions}{repeated}), {data.num_videos} videos"
-    )
-    console.print(Text(heading))  # Text: brackets and colons in names are no markup
+@cache
+def published(protocol: str) -> list[Published]:
+    """What published.json has on a protocol.
+
+    That is every row whose words are all in the protocol's name: papers do not say which split of
+    VATEX they took, so "VATEX en" goes with each of its English splits.
+    """
+    text = (files("fluxclip.evaluation") / "published.json").read_text("utf-8")
+    rows = [Published(**row) for row in json.loads(text)]
+    return [
+        row for row in rows if protocol == row.protocol or protocol.startswith(f"{row.protocol} ")
+    ]
+
+
+def print_table(record: AnyRecord, console: Console) -> None:
+    """Print the numbers of a record: quality, then cost; dual softmax apart and last."""
+    for line in describe(record):
+        console.print(Text(line))  # Text: brackets and colons in names are no markup
+    if isinstance(record, ClassificationRecord):
+        _print_accuracy(record, console)
+        return
     for direction, title in DIRECTIONS.items():
         scores = [(result, getattr(result.cosine, direction)) for result in record.results]
         table = _table(f"{title}, cosine (R@k in %, 95 % interval)", ["budget", *SCORE_HEADS])
         for result, score in scores:
-            table.add_row(budget_name(result), *score_cells(score))
+            table.add_row(result.budget_name, *score_cells(score))
         guess = getattr(record.chance, direction)
         table.add_row("guess", *score_cells(guess), style="dim")
         console.print(table)
         changes = [
-            f"{budget_name(result)} {c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f})"
+            f"{result.budget_name} {c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f})"
             for result, score in scores
             if (c := score.mrr_change) is not None
         ]
         if changes:
-            first = budget_name(record.results[0])
+            first = record.results[0].budget_name
             console.print(Text(f"MRR against {first}, paired: {', '.join(changes)}"))
-        num_tied = max(score.num_tied for _, score in scores)
+        num_tied = max(len(score.ties) for _, score in scores)
         if num_tied:
             console.print(f"up to {num_tied} queries are tied: their mean over all orders counts")
-    table = _table("cost of a clip in the video tower", ["budget", *COST_HEADS])
-    for result in record.results:
-        table.add_row(budget_name(result), *cost_cells(result, data.num_videos))
-    console.print(table)
+    _print_cost(record.results, record.data, console)
     for direction, title in DIRECTIONS.items():
         temperature = record.results[0].dual_softmax.temperature
         heading = f"{title}, dual softmax at temperature {temperature:g}"
         table = _table(heading, ["budget", *SCORE_HEADS])
         for result in record.results:
             score = getattr(result.dual_softmax.scores, direction)
-            table.add_row(budget_name(result), *score_cells(score))
+            table.add_row(result.budget_name, *score_cells(score))
         console.print(table)
     console.print(DUAL_SOFTMAX_NOTE, style="dim", highlight=False)
 
 
-def plot_curve(records: Sequence[Record], path: str | Path | BytesIO) -> None:
-    """Draw text-to-video R@1, R@5, R@10 and MRR against tokens, one line per record.
+def describe(record: AnyRecord) -> list[str]:
+    """What was measured on what, a line each, and what is not as it should be."""
+    data, model = record.data, record.model
+    texts = data.texts
+    choices = "".join(f", {name} {choice}" for name, choice in data.choices.items())
+    if isinstance(record, Record):
+        asked = f"{texts.num_texts} texts (captions={record.captions}), {data.num_videos} videos"
+        if record.caption_gallery == "best":
+            asked += ", video to text among the best caption of each video"
+    else:
+        asked = (
+            f"{record.num_classes} classes by {len(record.templates)} templates, {data.num_videos} "
+            f"videos in {record.num_views} views"
+        )
+    lines = [f"{model.name}@{model.fingerprint[:6]} on {data.name}{choices}: {asked}"]
+    if texts.num_repeated and isinstance(record, Record):
+        lines.append(f"{texts.num_repeated} texts are word for word those of another")
+    if texts.clean_up:
+        lines.append("texts in lower case without punctuation")
+    if texts.num_cut:
+        share = 100 * texts.num_cut / texts.num_texts
+        lines.append(f"{texts.num_cut} texts ({share:.1f} %) cut at {model.text_limit} tokens")
+    if data.missing:
+        lines.append(f"{len(data.missing)} videos missing: {_some(data.missing)}")
+    for video, reason in itertools.islice(data.broken.items(), _SHOWN):
+        lines.append(f"video {video} cannot be read: {reason}")
+    if len(data.broken) > _SHOWN:
+        lines.append(f"... and {len(data.broken) - _SHOWN} more; the record lists all")
+    return lines
 
-    Bands are 95 % intervals, dotted lines what guessing scores on the set of the first record.
-    `path` ends in .png, .svg or .pdf; a buffer receives a PNG.
+
+def print_comparison(records: Sequence[Record], console: Console) -> None:
+    """Print records side by side, protocol by protocol, with published numbers below them.
+
+    Plain cosine and dual softmax are never in one row. A published row is marked where it was
+    measured otherwise than the protocol says, and the mark is explained.
+    """
+    for protocol in dict.fromkeys(record.data.protocol for record in records):
+        table = _table(f"{protocol}: R@1, R@10 (%) and their 95 % interval", _COMPARED_HEADS)
+        notes: list[str] = []
+        for record in (record for record in records if record.data.protocol == protocol):
+            name = f"{record.model.name}@{record.model.fingerprint[:6]}"
+            if record.data.name != protocol:
+                name += f", {record.data.num_videos} of {record.data.num_expected} videos"
+            for result in record.results:
+                for kind, scores in (
+                    ("cosine", result.cosine),
+                    ("dual softmax", result.dual_softmax.scores),
+                ):
+                    t2v, v2t = scores.text_to_video, scores.video_to_text
+                    cells = [
+                        cell
+                        for score in (t2v, v2t)
+                        for cell in (
+                            _cell(score.r1, score.r1_interval), _cell(score.r10, score.r10_interval)
+                        )
+                    ]  # fmt: skip
+                    table.add_row(Text(name), str(result.num_tokens), kind, *cells)
+        for row in published(protocol):
+            mark = ""
+            if row.differs is not None:
+                notes += [] if row.differs in notes else [row.differs]
+                mark = f" [{notes.index(row.differs) + 1}]"
+            r1 = ["-" if r is None else f"{r:.1f}" for r in (row.t2v_r1, row.v2t_r1)]
+            tokens = "?" if row.tokens is None else str(row.tokens)
+            cells = [tokens, row.scores, r1[0], "-", r1[1], "-"]
+            table.add_row(Text(f"{row.model}{mark}"), *cells, style="dim")
+        console.print(table)
+        for number, note in enumerate(notes, start=1):
+            console.print(Text(f"[{number}] {note}"), style="dim")
+        sources = dict.fromkeys(row.source for row in published(protocol))
+        if sources:
+            console.print(Text(f"published: {'; '.join(sources)}"), style="dim")
+
+
+def plot_curve(
+    records: Sequence[Record],
+    path: str | Path | BytesIO,
+    *,
+    against: Literal["tokens", "time"] = "tokens",
+) -> None:
+    """Draw text-to-video R@1, R@5, R@10 and MRR against tokens or time, one line per record.
+
+    Time is that of the video tower, in milliseconds per clip. Bands are 95 % intervals, dotted
+    lines what guessing scores on the set of the first record, crosses in R@1 against tokens the
+    published numbers of its protocol. `path` ends in .png, .svg or .pdf; a buffer receives a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -125,7 +211,7 @@ def plot_curve(records: Sequence[Record], path: str | Path | BytesIO) -> None:
     )
     for axes, metric, title in zip(figure.subplots(2, 2).flat, METRICS, titles, strict=True):
         for record, colour in zip(records, itertools.cycle(COLOURS)):
-            _draw(axes, record, metric, colour)
+            _draw(axes, record, metric, colour, against)
         guess = getattr(records[0].chance.text_to_video, metric)
         axes.axhline(guess, color="#555555", linestyle=":", linewidth=1.2)
         axes.annotate(
@@ -138,14 +224,22 @@ def plot_curve(records: Sequence[Record], path: str | Path | BytesIO) -> None:
             fontsize=8,
             color="#555555",
         )
-        tokens = sorted({result.num_tokens for record in records for result in record.results})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [str(count) for count in tokens])
+        ticks = {
+            _cost_of(result, record, against) for record in records for result in record.results
+        }
+        if metric == "r1" and against == "tokens":
+            ticks |= _draw_published(axes, records[0].data.protocol)
+        if against == "tokens":
+            axes.set_xticks(sorted(ticks), [f"{tick:.0f}" for tick in sorted(ticks)])
+        else:
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.margins(x=0.08)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("tokens per clip", fontsize=9)
+        label = "tokens per clip" if against == "tokens" else "ms per clip in the video tower"
+        axes.set_xlabel(label, fontsize=9)
         axes.set_ylabel("MRR x 100" if metric == "mrr" else "% of queries", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="y", color="#e6e6e6")
@@ -167,22 +261,14 @@ def font_path(name: str) -> Path:
     return Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
 
 
-def budget_name(result: BudgetResult) -> str:
-    """The token budget as text."""
-    return "all" if result.token_budget is None else str(result.token_budget)
-
-
 def score_cells(score: Means) -> list[str]:
     """Cells under `SCORE_HEADS`: 12.0 7-17 is 12.0 with a 95 % interval of 7 to 17."""
-    cells = []
-    for metric in METRICS:
-        bounds: Bounds | None = getattr(score, f"{metric}_interval", None)
-        interval = "" if bounds is None else f" {bounds.low:.0f}-{bounds.high:.0f}"
-        cells.append(f"{getattr(score, metric):.1f}{interval}")
+    cells = [_cell(getattr(score, m), getattr(score, f"{m}_interval", None)) for m in METRICS]
+    cells.insert(3, f"{score.r_mean:.1f}")
     return [*cells, f"{score.median_rank:.4g}", f"{score.mean_rank:.1f}"]
 
 
-def cost_cells(result: BudgetResult, num_videos: int) -> list[str]:
+def cost_cells(result: Cost, num_videos: int) -> list[str]:
     """Cells under `COST_HEADS`: tokens, frames x side, 10^9 multiply-accumulates, milliseconds."""
     return [
         str(result.num_tokens),
@@ -191,6 +277,35 @@ def cost_cells(result: BudgetResult, num_videos: int) -> list[str]:
         f"{1000 * result.embed_s / num_videos:.1f}",
         f"{1000 * result.decode_s / num_videos:.1f}",
     ]
+
+
+def _cell(value: float, bounds: Bounds | None) -> str:
+    """A number with its interval where it has one."""
+    return f"{value:.1f}" if bounds is None else f"{value:.1f} {bounds.low:.0f}-{bounds.high:.0f}"
+
+
+def _print_accuracy(record: ClassificationRecord, console: Console) -> None:
+    table = _table("accuracy (% of videos, 95 % interval)", ["budget", "top-1", "top-5"])
+    for result in record.results:
+        a = result.accuracy
+        table.add_row(
+            result.budget_name, _cell(a.top1, a.top1_interval), _cell(a.top5, a.top5_interval)
+        )
+    console.print(table)
+    _print_cost(record.results, record.data, console)
+
+
+def _print_cost(results: Sequence[Cost], data: DataFacts, console: Console) -> None:
+    table = _table("cost of a clip in the video tower", ["budget", *COST_HEADS])
+    for result in results:
+        table.add_row(result.budget_name, *cost_cells(result, data.num_videos))
+    console.print(table)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names."""
+    more = ", ..." if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
@@ -208,15 +323,35 @@ def _table(title: str, heads: Sequence[str]) -> Table:
     return table
 
 
-def _draw(axes: "Axes", record: Record, metric: str, colour: str) -> None:
+def _cost_of(result: Cost, record: Record, against: Literal["tokens", "time"]) -> float:
+    """Tokens of a clip, or its milliseconds in the tower."""
+    if against == "tokens":
+        return result.num_tokens
+    return 1000 * result.embed_s / record.data.num_videos
+
+
+def _draw(
+    axes: "Axes", record: Record, metric: str, colour: str, against: Literal["tokens", "time"]
+) -> None:
     """One record as a line with its band."""
-    results = sorted(record.results, key=lambda result: result.num_tokens)
-    tokens = [result.num_tokens for result in results]
+    results = sorted(record.results, key=lambda result: _cost_of(result, record, against))
+    costs = [_cost_of(result, record, against) for result in results]
     scores = [result.cosine.text_to_video for result in results]
     values = [getattr(score, metric) for score in scores]
     bounds = [getattr(score, f"{metric}_interval") for score in scores]
     label = f"{record.model.name}@{record.model.fingerprint[:6]}"
-    axes.plot(tokens, values, color=colour, marker="o", markersize=5, linewidth=1.8, label=label)
+    axes.plot(costs, values, color=colour, marker="o", markersize=5, linewidth=1.8, label=label)
     axes.fill_between(
-        tokens, [b.low for b in bounds], [b.high for b in bounds], color=colour, alpha=0.13, lw=0
+        costs, [b.low for b in bounds], [b.high for b in bounds], color=colour, alpha=0.13, lw=0
     )
+
+
+def _draw_published(axes: "Axes", protocol: str) -> set[float]:
+    """Published R@1 by plain cosine as crosses, by other scores as grey ones; their tokens."""
+    drawn = set()
+    for row in published(protocol):
+        if row.tokens is not None and row.t2v_r1 is not None:
+            colour = "#555555" if row.scores == "cosine" else "#aaaaaa"
+            axes.plot(row.tokens, row.t2v_r1, marker="x", color=colour, markersize=5)
+            drawn.add(float(row.tokens))
+    return drawn

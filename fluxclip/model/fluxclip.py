@@ -88,6 +88,20 @@ class FluxCLIP(nn.Module):
         """Captions to ids (B, L) for `encode_text`."""
         return self.text.tokenize(texts)
 
+    @property
+    def text_limit(self) -> int:
+        """Text tokens that are read; a longer caption is cut."""
+        return self.text.max_tokens
+
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which captions are longer than `text_limit`."""
+        return self.text.are_cut(texts)
+
+    @property
+    def scorer(self) -> str:
+        """What chooses the tokens that a budget keeps."""
+        return self.config.video.scorer
+
     def num_tokens(self, num_frames: int, side: int) -> int:
         """Tokens of a grid, class token not counted."""
         return self.config.video.num_tokens(num_frames, side)

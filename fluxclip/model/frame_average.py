@@ -71,6 +71,20 @@ class FrameAverage(nn.Module):
         ids_BL: Tensor = self.tokenize_one(list(texts))
         return ids_BL
 
+    @property
+    def text_limit(self) -> int:
+        """Text tokens that are read; a longer text is cut."""
+        return self.tokenize(["a"]).shape[-1]
+
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are longer than `text_limit`."""
+        # any tokenizer of open_clip: what was cut differs when there is room for one token more
+        limit = self.text_limit
+        cut_BL = self.tokenize_one(list(texts), context_length=limit)
+        longer_BL = self.tokenize_one(list(texts), context_length=limit + 1)
+        is_cut_B: list[bool] = (cut_BL != longer_BL[:, :limit]).any(dim=1).tolist()
+        return is_cut_B
+
     def num_tokens(self, num_frames: int, side: int) -> int:
         if side != self.side:
             raise ValueError(f"this open_clip model takes frames of {self.side} pixels, not {side}")

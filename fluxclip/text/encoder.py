@@ -9,13 +9,21 @@ from fluxclip import plugins
 
 
 class TextEncoder(nn.Module, ABC):
-    """Captions to one feature each. width: channels of the feature."""
+    """Captions to one feature each.
+
+    width: channels of the feature. max_tokens: length after which a caption is cut.
+    """
 
     width: int
+    max_tokens: int
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Captions to int64 ids (B, L), padded, cut at the encoder's limit."""
+
+    @abstractmethod
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which captions are longer than `max_tokens`."""
 
     @abstractmethod
     def forward(self, ids_BL: Tensor) -> Tensor:

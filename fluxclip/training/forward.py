@@ -77,6 +77,8 @@ class Forward:
             if self.recipe.negatives == "all":
                 named = self._against_all_names(views_BD, names)
                 loss, parts["named"] = loss + named, named.item()
+            if step.number < self.recipe.distillation_steps:
+                loss = 0 * loss  # zero, not absent: every weight has its moments from the start
             if self.distillation is not None:
                 distance = self._distance_to_teacher(step, views)
                 loss, parts["distance"] = (

@@ -117,6 +117,7 @@ class Recipe:
     save_as: number type of the weights in the model folders. workers: processes that decode.
     negatives: "all" also sets each clip against the names (first captions) of all records.
     distillation: weight of the distance to the teacher, for the data that have one.
+    distillation_steps: so many steps at first learn from the teacher alone, captions come after.
     save_minutes: most time between two saved states; after each validation there is one anyway.
     """
 
@@ -131,6 +132,7 @@ class Recipe:
     objective: str = "contrastive"
     negatives: Literal["step", "all"] = "step"
     distillation: NonNegativeFloat = 1.0
+    distillation_steps: NonNegativeInt = 0
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -15,6 +15,11 @@ class Validation:
 
     def __init__(self, recipe: ValidationRecipe) -> None:
         self.task = read(recipe.annotations, captions=recipe.captions)
+        if self.task.missing:
+            raise FileNotFoundError(
+                f"{recipe.annotations}: {len(self.task.missing)} of {self.task.num_expected} video "
+                f"files not found, the first: {self.task.missing[0]}"
+            )
 
     def score(self, model: FluxCLIP) -> dict[str, float]:
         """Mean reciprocal rank of both directions and their mean, 0-100. Leaves train mode on."""

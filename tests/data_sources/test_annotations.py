@@ -42,6 +42,16 @@ def test_one_caption_or_several_and_paths_from_the_folder_of_the_file(
     ]
 
 
+def test_paths_count_from_a_folder_that_is_given(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"video": "b.mp4", "caption": "x"}])
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    with pytest.raises(FileNotFoundError, match=f"1 of 1 .* count from {clips}/"):
+        read(path, folder=clips)
+    (clips / "b.mp4").touch()
+    assert read(path, folder=clips) == [Record(clips / "b.mp4", ("x",), None)]
+
+
 def test_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     path = write(tmp_path, "\ufeff" + json.dumps([{"video": "a.mp4", "caption": "one"}]))
     assert len(read(path)) == 1

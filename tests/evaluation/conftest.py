@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from colour_embedder import RGB, ColourEmbedder
 
-from fluxclip.evaluation.budgets import Record, evaluate
+from fluxclip.evaluation.budgets import evaluate
 from fluxclip.evaluation.protocols import RetrievalTask
 from fluxclip.evaluation.protocols.annotations import read
+from fluxclip.evaluation.record import Record
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pytest
 from colour_embedder import ColourEmbedder
 
-from fluxclip.evaluation.budgets import Record, evaluate
+from fluxclip.evaluation.budgets import evaluate
 from fluxclip.evaluation.protocols import RetrievalTask
 from fluxclip.evaluation.protocols.annotations import read
 from fluxclip.evaluation.ranking import retrieval_ranks
+from fluxclip.evaluation.record import Record
 from fluxclip.video import Clip, read_clip
 
 
@@ -55,12 +56,14 @@ def test_cost_is_that_of_the_grid_and_the_budget(record: Record) -> None:
 
 
 def test_record_says_what_was_scored(record: Record, hearts: RetrievalTask) -> None:
-    assert record.data.sha256 == hashlib.sha256(hearts.source.read_bytes()).hexdigest()
-    assert (record.data.captions, record.data.num_videos, record.data.num_texts) == (
+    [source] = hearts.sources
+    assert record.data.files == {str(source): hashlib.sha256(source.read_bytes()).hexdigest()}
+    assert (record.captions, record.data.num_videos, record.data.texts.num_texts) == (
         "first",
         12,
         12,
     )
+    assert record.data.name == "hearts"
     assert record.model.fingerprint == ColourEmbedder.fingerprint
     assert {"python", "numpy", "av", "torch", "machine"} <= set(record.environment)
     assert record.results[0].dual_softmax.temperature == 1.0
@@ -76,7 +79,7 @@ def test_every_caption_is_a_query_and_repeated_ones_are_counted(
     ]
     (tmp_path / "two.json").write_text(json.dumps(items))
     record = evaluate(ColourEmbedder(), read(tmp_path / "two.json", captions="all"))
-    assert (record.data.num_texts, record.data.num_repeated_texts) == (5, 2)
+    assert (record.data.texts.num_texts, record.data.texts.num_repeated) == (5, 2)
     assert record.results[0].cosine.text_to_video.num_queries == 5
     assert record.results[0].cosine.video_to_text.num_gallery == 5
     assert record.chance.video_to_text.r1 == pytest.approx(100 * (2 / 5 + 3 / 5) / 2)
@@ -112,15 +115,35 @@ def test_progress_counts_to_the_end(model: ColourEmbedder, hearts: RetrievalTask
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all", None])
-def test_broken_video_ends_the_evaluation_by_name(
+def test_a_broken_video_is_left_out_counted_and_named(
     emoji: Path, tmp_path: Path, content: bytes | None
 ) -> None:
-    good = emoji / "clips" / "2764-fe0f.mp4"
+    good = [emoji / "clips" / name for name in ("2764-fe0f.mp4", "1f499.mp4")]
     bad = tmp_path / "bad.mp4"
-    bad.write_bytes(good.read_bytes()[:2000] if content is None else content)
-    items = [{"video": str(good), "caption": "red"}, {"video": "bad.mp4", "caption": "blue"}]
+    bad.write_bytes(good[0].read_bytes()[:2000] if content is None else content)
+    items = [
+        {"video": str(good[0]), "caption": "red"},
+        {"video": "bad.mp4", "caption": ["green", "yellow"]},
+        {"video": str(good[1]), "caption": "blue"},
+        {"video": "gone.mp4", "caption": "white"},
+    ]
     (tmp_path / "set.json").write_text(json.dumps(items))
-    with pytest.raises(ValueError, match=r"cannot score set: .*bad\.mp4") as caught:
+    record = evaluate(ColourEmbedder(), read(tmp_path / "set.json", captions="all"))
+    assert record.data.name == "set (2 of 4 videos)"
+    assert record.data.missing == ["gone.mp4"]
+    assert list(record.data.broken) == ["bad.mp4"] and "bad.mp4" in record.data.broken["bad.mp4"]
+    assert (record.data.num_videos, record.data.texts.num_texts) == (2, 2)
+    alone = tmp_path / "good.json"
+    alone.write_text(json.dumps([items[0], items[2]]))
+    expected = evaluate(ColourEmbedder(), read(alone, captions="all"))
+    assert record.results[0].cosine == expected.results[0].cosine
+    assert expected.data.name == "good"
+
+
+def test_a_set_that_cannot_be_read_at_all_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "set.json").write_text('[{"video": "bad.mp4", "caption": "red"}]')
+    with pytest.raises(ValueError, match=r"cannot score set: none of its 1 .*bad\.mp4") as caught:
         evaluate(ColourEmbedder(), read(tmp_path / "set.json"))
     assert "\n" not in str(caught.value)
 

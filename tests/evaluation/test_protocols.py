@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from fluxclip.evaluation import protocols
+from fluxclip.evaluation.protocols import RetrievalTask
 from fluxclip.evaluation.protocols.annotations import read
 
 
@@ -48,7 +50,7 @@ def test_choice_of_captions(
     video_of_text_M: list[int],
 ) -> None:
     task = read(path, captions=captions)
-    assert (task.name, task.captions, task.source) == ("pair", captions, path)
+    assert (task.protocol, task.captions, task.sources) == ("pair", captions, [path])
     assert task.videos == [path.parent / "a.mp4", path.parent / "b.mp4"]
     assert task.texts == texts
     np.testing.assert_array_equal(task.video_of_text_M, video_of_text_M)
@@ -58,9 +60,33 @@ def test_emoji_protocol_is_the_name_against_150_clips(emoji: Path) -> None:
     task = read(emoji / "test.json")
     assert len(task.videos) == len(task.texts) == 150
     assert task.texts[:2] == ["rainbow", "new moon face"]
-    assert repr(task) == "RetrievalTask('test', 150 videos, 150 texts, captions='first')"
+    assert (task.num_expected, task.missing, task.is_complete) == (150, [], True)
 
 
 def test_unknown_choice_names_the_known(path: Path) -> None:
     with pytest.raises(ValueError, match="'paragraph'; known: first, all, joined"):
         read(path, captions="paragraph")  # type: ignore[arg-type]
+
+
+def test_missing_videos_are_counted_and_those_of_another_folder_found(
+    path: Path, tmp_path: Path
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    with pytest.raises(FileNotFoundError, match="none of its 2 video files was found"):
+        read(path, videos=clips)
+    (clips / "b.mp4").touch()
+    task = read(path, videos=clips, captions="all")
+    assert (task.videos, task.texts) == ([clips / "b.mp4"], ["B."])
+    assert (task.missing, task.num_expected) == (["a.mp4"], 2)
+    assert not task.is_complete
+
+
+def test_a_protocol_is_read_by_its_name_with_its_choices(path: Path) -> None:
+    task = protocols.read("annotations", path, captions="joined")
+    assert isinstance(task, RetrievalTask)
+    assert (task.protocol, task.captions) == ("pair", "joined")
+    with pytest.raises(ValueError, match="'annotations' has no choice of split; its choices: cap"):
+        protocols.read("annotations", path, split="full")
+    with pytest.raises(ValueError, match="unknown protocol 'msrvt' .*did you mean 'msrvtt'"):
+        protocols.read("msrvt", path)

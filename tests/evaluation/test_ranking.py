@@ -1,6 +1,7 @@
 """Ranks against a slow oracle, ties against enumeration, guessing against chance."""
 
 import itertools
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -87,6 +88,42 @@ def test_both_directions_match_a_slow_oracle(tied: bool, temperature: float | No
                 )
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_best_caption_of_each_video_is_a_gallery_of_videos(tied: bool) -> None:
+    for chunk in (None, 3):
+        videos, texts, video_of_text = many_to_many(tied=tied)
+        every, best = (
+            retrieval_ranks(videos, texts, video_of_text, caption_gallery=gallery, chunk=chunk)
+            for gallery in ("all", "best")
+        )
+        for i, video in enumerate(videos):
+            of_video = [
+                max(
+                    round(float(video @ text), 6)
+                    for text, j in zip(texts, video_of_text, strict=True)
+                    if j == other
+                )
+                for other in range(len(videos))
+            ]
+            wrong = of_video[:i] + of_video[i + 1 :]
+            assert best.video_to_text.better_Q[i] == sum(score > of_video[i] for score in wrong)
+            assert best.video_to_text.tied_Q[i] == sum(score == of_video[i] for score in wrong)
+        np.testing.assert_array_equal(every.text_to_video.better_Q, best.text_to_video.better_Q)
+        # several captions of one wrong video fill several places
+        assert (best.video_to_text.better_Q <= every.video_to_text.better_Q).all()
+        first = [r.video_to_text.better_Q + r.video_to_text.tied_Q == 0 for r in (every, best)]
+        np.testing.assert_array_equal(*first)
+
+
+def test_ranks_are_made_again_from_mean_ranks_and_ties() -> None:
+    videos, texts, video_of_text = many_to_many(tied=True)
+    found = retrieval_ranks(videos, texts, video_of_text).text_to_video
+    again = Ranks.from_means(found.mean_Q().tolist(), found.ties())
+    for k in (1, 2, 5):
+        np.testing.assert_array_equal(again.recall_Q(k), found.recall_Q(k))
+    np.testing.assert_array_equal(again.reciprocal_Q(), found.reciprocal_Q())
+
+
 def slow_dual_softmax(table: list[list[float]], temperature: float) -> list[list[float]]:
     """s * exp(s / t) / sum over the queries of exp(s / t), entry by entry."""
     return [
@@ -125,6 +162,18 @@ def test_chunks_change_nothing(temperature: float | None) -> None:
         one, other = getattr(whole, name), getattr(pieces, name)
         np.testing.assert_array_equal(one.better_Q, other.better_Q)
         np.testing.assert_array_equal(one.tied_Q, other.tied_Q)
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_memory_is_that_of_a_block_and_not_of_all_scores(temperature: float | None) -> None:
+    videos, texts = (unit(GENERATOR.normal(size=(n, 4))) for n in (1000, 20_000))
+    tracemalloc.start()
+    retrieval_ranks(
+        videos, texts, np.arange(20_000) % 1000, dual_softmax_temperature=temperature, chunk=50
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.5 * 8 * 1000 * 20_000  # one float64 each would be 160 MB
 
 
 def test_perfect_vectors_score_100() -> None:

@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fluxclip.evaluation.budgets import Record
 from fluxclip.evaluation.page import QueryHits, ShownHit, contact_sheet, html_report
+from fluxclip.evaluation.record import Means, Record, load_record, save_record
 from fluxclip.evaluation.report import (
     COLOURS,
     DIRECTIONS,
     METRICS,
-    load_record,
     plot_curve,
+    print_comparison,
     print_table,
-    save_record,
+    published,
 )
 from fluxclip.video import read_clip
 
@@ -86,6 +86,46 @@ def test_record_survives_its_file(record: Record, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
+def test_every_number_of_a_record_can_be_made_again_from_its_ranks(record: Record) -> None:
+    for result in record.results:
+        for scores in (result.cosine, result.dual_softmax.scores):
+            for direction in DIRECTIONS:
+                score = getattr(scores, direction)
+                again = Means.of(score.to_ranks()).model_dump()
+                assert again == {name: getattr(score, name) for name in again}
+
+
+def test_records_and_published_numbers_stand_side_by_side(record: Record) -> None:
+    content = record.model_dump()
+    content["data"]["protocol"], content["data"]["num_expected"] = "MSR-VTT 1k-A", 1000
+    console = Console(file=StringIO(), width=140)
+    print_comparison([record, Record.model_validate(content)], console)
+    assert isinstance(console.file, StringIO)
+    shown = console.file.getvalue()
+    own, official = shown.split("MSR-VTT 1k-A:")
+    assert "FluxViT" not in own and "12 of 1000 videos" in official
+    row = next(
+        line for line in official.splitlines() if line.startswith(" FluxViT-B ") and "2048" in line
+    )
+    assert row.split()[1:4] == ["2048", "dual", "softmax"] and "49.8" in row
+    reranked = next(line for line in official.splitlines() if "UMT-B 25M" in line)
+    mark = re.search(r"\[\d\]", reranked)
+    assert mark is not None
+    assert f"{mark[0]} a cross-encoder ranks the first 128 anew" in official
+
+
+def test_every_published_row_names_its_source_and_how_it_was_scored() -> None:
+    rows = [
+        row
+        for name in ("MSR-VTT 1k-A", "ActivityNet Captions val_1", "VATEX test en")
+        for row in published(name)
+    ]
+    assert len(rows) == 60
+    assert {row.scores for row in rows} == {"cosine", "dual softmax", "reranked"}
+    assert all(row.source and 0 < (row.t2v_r1 or 0) < 100 for row in rows)
+    assert published("VATEX test zh") == published("MSR-VTT full") == []
+
+
 def test_table_gives_cosine_first_and_dual_softmax_apart(record: Record) -> None:
     shown = table(record)
     titles = re.findall(r"^(?:text|video) to .*|^cost.*", shown, flags=re.MULTILINE)
@@ -122,7 +162,7 @@ def test_scores_fit_in_80_columns(record: Record) -> None:
 
 def test_names_are_shown_as_they_are(record: Record) -> None:
     content = record.model_dump()
-    content["model"]["name"], content["data"]["name"] = "[red]a[/blue]", "b:smile:"
+    content["model"]["name"], content["data"]["protocol"] = "[red]a[/blue]", "b:smile:"
     shown = table(Record.model_validate(content))
     assert shown.startswith(f"[red]a[/blue]@{record.model.fingerprint[:6]} on b:smile:: ")
 
@@ -147,6 +187,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str
 
 def test_curve_of_one_and_of_two_records(record: Record, tmp_path: Path) -> None:
     other = record.model_copy(update={"results": record.results[:2]})
+    plot_curve([record], tmp_path / "new" / "time.png", against="time")
     plot_curve([record], tmp_path / "new" / "one.png")
     plot_curve([record, other], tmp_path / "two.png")
     with Image.open(tmp_path / "new" / "one.png") as image:

@@ -23,6 +23,7 @@ class WordBag(TextEncoder):
     """An encoder as somebody else might write one: a table, a layer of odd size, a mean."""
 
     width = 72
+    max_tokens = 16
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,11 +33,14 @@ class WordBag(TextEncoder):
         self.tokenizer = Tokenizer(words)
         self.tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         self.tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
-        self.tokenizer.enable_truncation(16)
+        self.tokenizer.enable_truncation(self.max_tokens)
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         batch = self.tokenizer.encode_batch(list(texts))
         return torch.tensor([encoding.ids for encoding in batch])
+
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        return [len(text.split()) > self.max_tokens for text in texts]
 
     def forward(self, ids_BL: torch.Tensor) -> torch.Tensor:
         weight_BL1 = (ids_BL != 0).float()[..., None]

@@ -108,6 +108,20 @@ def test_a_step_without_a_teacher_among_sources_with_one_still_counts(taught: li
     assert parts["distance"] == 0.0
 
 
+def test_the_first_steps_learn_from_the_teacher_alone(taught: list[str]) -> None:
+    forward, step = forward_of([*taught, "distillation_steps=1"])
+    later = replace(step, number=1)
+    moved = []
+    for each in (step, later):
+        forward.modules.zero_grad()
+        forward(each)[0].backward()
+        head = forward.model.video_projection[1].weight.grad
+        trunk = forward.model.video.blocks[0].attn.qkv.weight.grad
+        assert head is not None and trunk is not None and trunk.abs().sum() > 0
+        moved.append(bool(head.abs().sum() > 0))
+    assert moved == [False, True]
+
+
 def test_teachers_of_other_widths_and_a_trained_text_tower_are_refused(
     taught: list[str], tmp_path: Path
 ) -> None:

@@ -26,21 +26,23 @@ class Record:
     family: str | None
 
 
-def read(path: str | Path, *, check_files: bool = True) -> list[Record]:
-    """The records of an annotation file, in its order; relative paths count from its folder.
+def read(path: str | Path, *, check_files: bool = True, folder: Path | None = None) -> list[Record]:
+    """The records of an annotation file, in its order.
 
-    Raises FileNotFoundError if the file is missing or, with `check_files`, if a video of it is
-    (with the count and the first names), and ValueError, with line or record number from 1, if
-    the file is not in this form.
+    Relative paths count from `folder`, by default the annotation file's own. Raises
+    FileNotFoundError if the file is missing or, with `check_files`, if a video of it is (with the
+    count and the first names), and ValueError, with line or record number from 1, if the file is
+    not in this form.
     """
     path = Path(path)
     items = _load(path)
+    folder = folder or path.parent
     records = [
-        _record(item, folder=path.parent, where=f"record {number} of {len(items)} in {path}")
+        _record(item, folder=folder, where=f"record {number} of {len(items)} in {path}")
         for number, item in enumerate(items, start=1)
     ]
     if check_files:
-        _require_files([record.video for record in records], path)
+        _require_files([record.video for record in records], path, folder)
     return records
 
 
@@ -90,14 +92,14 @@ def _record(item: object, *, folder: Path, where: str) -> Record:
     return Record(video=folder / video, captions=tuple(captions), family=family)
 
 
-def _require_files(videos: Sequence[Path], path: Path) -> None:
-    """Raise FileNotFoundError if any of the files does not exist."""
+def _require_files(videos: Sequence[Path], path: Path, folder: Path) -> None:
+    """Raise FileNotFoundError if any file of the annotations `path` does not exist."""
     missing = [str(video) for video in dict.fromkeys(videos) if not video.is_file()]
     if missing:
         more = ", ..." if len(missing) > _SHOWN else ""
         raise FileNotFoundError(
             f"{path}: {len(missing)} of {len(set(videos))} video files not found: "
-            f"{', '.join(missing[:_SHOWN])}{more}; relative paths count from {path.parent}/"
+            f"{', '.join(missing[:_SHOWN])}{more}; relative paths count from {folder}/"
         )
 
 

@@ -1,17 +1,23 @@
-"""A retrieval task from an annotation file, `[{"video": path, "caption": str | [str, ...]}]`."""
+"""A retrieval task from one JSON file, `[{"video": path, "caption": str | [str, ...]}]`.
+
+The form of UMT, VindLU and InternVideo2 (`msrvtt_ret_test1k.json`, `anet_ret_val_1.json`, ...); the
+annotations of FluxCLIP's own training are the same. It expects as many videos as the file names.
+What those projects call `is_paragraph_retrieval` is `captions="joined"`.
+"""
 
 import os
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
-from fluxclip.data.sources import annotations
+from fluxclip.data.sources import annotations as source
 from fluxclip.evaluation.protocols import Captions, RetrievalTask
+from fluxclip.evaluation.protocols._files import retrieval_task
 
 
-def read(path: str | Path, *, captions: Captions = "first") -> RetrievalTask:
-    """The videos and texts of an annotation file.
+def read(
+    annotations: str | Path, *, videos: Path | None = None, captions: Captions = "first"
+) -> RetrievalTask:
+    """The videos and texts of an annotation file; relative paths count from `videos`, or from it.
 
     `captions` says what a query is: "first" the first caption of each video, "all" each caption
     on its own (MSVD, VATEX), "joined" all captions of a video joined with a space (paragraph
@@ -22,26 +28,20 @@ def read(path: str | Path, *, captions: Captions = "first") -> RetrievalTask:
     if captions not in get_args(Captions):
         known = ", ".join(get_args(Captions))
         raise ValueError(f"unknown choice of captions {captions!r}; known: {known}")
-    first_spelling: dict[str, Path] = {}
-    captions_of: dict[Path, list[str]] = {}
-    for record in annotations.read(path):
-        video = first_spelling.setdefault(os.path.abspath(record.video), record.video)
+    path = Path(annotations)
+    folder = videos or path.parent
+    files: dict[str, Path] = {}
+    captions_of: dict[str, list[str]] = {}
+    for record in source.read(path, check_files=False, folder=folder):
+        video = os.path.relpath(record.video, folder)  # one name for all spellings of a path
+        files.setdefault(video, record.video)
         captions_of.setdefault(video, []).extend(record.captions)
-    texts: list[str] = []
-    video_of_text_M: list[int] = []
-    for index, own in enumerate(captions_of.values()):
-        queries = {
-            "first": own[:1],
-            "all": own,
-            "joined": [" ".join(text.strip() for text in own)],
-        }[captions]
-        texts += queries
-        video_of_text_M += [index] * len(queries)
-    return RetrievalTask(
-        name=Path(path).stem,
-        videos=list(captions_of),
-        texts=texts,
-        video_of_text_M=np.array(video_of_text_M, dtype=np.int64),
-        source=Path(path),
+    return retrieval_task(
+        path.stem,
+        captions_of,
+        {video: file for video, file in files.items() if file.is_file()},
         captions=captions,
+        num_expected=len(captions_of),
+        sources=[path],
+        choices={},
     )

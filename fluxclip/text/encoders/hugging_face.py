@@ -51,6 +51,10 @@ class HuggingFaceEncoder(TextEncoder):
         ids_BL: Tensor = batch["input_ids"]
         return ids_BL
 
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return [len(own) > self.max_tokens for own in ids]
+
     def tokenizer_json(self) -> str:
         if not self.tokenizer.is_fast:
             raise ValueError(f"the tokenizer {type(self.tokenizer).__name__} has no tokenizer.json")
