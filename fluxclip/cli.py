@@ -174,17 +174,23 @@ def evaluate(
     given = {"split": split, "language": language, "captions": captions}
     choices = {name: choice for name, choice in given.items() if choice is not None}
     task = protocols.read(protocol, str(annotations), videos=videos, **choices)
-    folder = output or Path("runs") / "eval" / _as_file_name(f"{model}-{task.protocol}")
-    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [captions or "", caption_gallery.replace("all", ""), "clean" * clean_captions]
+    name = "-".join(filter(None, [str(model), task.protocol, *chosen]))
+    folder = output or Path("runs") / "eval" / _as_file_name(name)
     with distributed.together(), _progress("embed") as advance:
         embedder = load_model(str(model), device=distributed.device())
+        folder.mkdir(parents=True, exist_ok=True)
         record: AnyRecord
         if isinstance(task, protocols.RetrievalTask):
+            if views != 1:
+                raise ValueError("--views is for classification; retrieval scores one clip a video")
             record = evaluate(
                 embedder, task, budgets=wanted, caption_gallery=caption_gallery,
                 clean_captions=clean_captions, cache=folder / "vectors", on_progress=advance,
             )  # fmt: skip
         else:
+            if caption_gallery != "all":
+                raise ValueError("--caption-gallery is for retrieval, not for classification")
             record = classify(
                 embedder, task, budgets=wanted, num_views=views,
                 clean_captions=clean_captions, cache=folder / "vectors", on_progress=advance,
@@ -204,18 +210,22 @@ def eval_report(
     records: Annotated[list[Path], typer.Argument(help="record.json of evaluations")],
     output: Annotated[Path, typer.Option(help="folder for tokens.png, time.png")] = Path("."),
 ) -> None:
-    """Set several retrieval records and published numbers side by side, in a table and two plots.
+    """Set retrieval records and published numbers side by side, in tables and plots.
 
-    Everything is made from the records' numbers; nothing is measured again.
+    Records of different tasks go to tables and plots of their own. Everything is made from the
+    records' numbers; nothing is measured again.
     """
     from fluxclip.evaluation import report
     from fluxclip.evaluation.record import load_retrieval
 
     loaded = load_retrieval(records)
     report.print_comparison(loaded, _console("stdout"))
-    for against in ("tokens", "time"):
-        report.plot_curve(loaded, output / f"{against}.png", against=against)
-        print(f"plot: {output / f'{against}.png'}")
+    tasks = report.by_task(loaded)
+    for task, compared in tasks.items():
+        for against in ("tokens", "time"):
+            name = against if len(tasks) == 1 else _as_file_name(f"{against}-{task}")
+            report.plot_curve(compared, output / f"{name}.png", against=against)
+            print(f"plot: {output / f'{name}.png'}")
 
 
 @app.command()
@@ -537,11 +547,13 @@ def _progress(verb: str) -> Iterator[Any]:
     """A bar on a terminal's standard error; yields `advance(done, total)`."""
     from rich import progress
 
+    from fluxclip.distributed import rank
+
     console = _console("stderr")
     bar = progress.Progress(
         progress.TextColumn(verb), progress.BarColumn(), progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
+        console=console, transient=True, disable=not console.is_terminal or rank() > 0,
     )  # fmt: skip
     task = bar.add_task(verb, total=None)
     with bar:

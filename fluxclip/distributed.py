@@ -5,10 +5,10 @@ many there are; started alone it is the only one, and nothing here costs anythin
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 
@@ -31,7 +31,12 @@ def device() -> str | None:
 
     if world_size() == 1 or not torch.cuda.is_available():
         return None
-    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', rank())) % torch.cuda.device_count()}"
+
+
+def num_cores() -> int:
+    """Cores of this machine for each of the processes on it, at least 1."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
@@ -47,6 +52,25 @@ def together() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def gather_results(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in every process, in the order of their ranks; all must call it.
+
+    Where it raised ValueError or OSError in some, all processes stop: the first by that error, the
+    others by SystemExit(2), so that one line is printed.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as caught:
+        error = caught
+    for found in gather(error):
+        if found is not None:
+            if rank() == 0:
+                raise found
+            raise SystemExit(2)
+    return gather(cast(T, result))
 
 
 def gather(value: T) -> list[T]:

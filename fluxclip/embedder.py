@@ -118,6 +118,13 @@ class Embedder:
         return self.model.are_cut(texts)
 
     @property
+    def device_name(self) -> str:
+        """The kind of device that the model runs on."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
+
+    @property
     def scorer(self) -> str | None:
         """What chooses the tokens that a budget keeps; None if whole frames are dropped."""
         return self.model.scorer if isinstance(self.model, FluxCLIP) else None

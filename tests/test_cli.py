@@ -216,7 +216,7 @@ def test_eval_writes_record_table_and_plot(emoji: Path, tmp_path: Path) -> None:
     record_file = tmp_path / "out" / "record.json"
     report = fluxclip("eval", "report", record_file, "--output", tmp_path / "plots")
     assert report.returncode == 0, report.stderr
-    assert "twelve" in report.stdout and "dual softmax" in report.stdout
+    assert "twelve.json@" in report.stdout and " dual " in report.stdout
     for name in ("tokens.png", "time.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 

@@ -121,7 +121,7 @@ def evaluate(
         results=results,
         embed_text_s=embed_text_s,
         seed=seed,
-        environment=facts.environment(),
+        environment=facts.environment(model),
     )
 
 

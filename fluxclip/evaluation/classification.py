@@ -96,7 +96,7 @@ def classify(
         results=results,
         embed_text_s=embed_text_s,
         seed=seed,
-        environment=facts.environment(),
+        environment=facts.environment(model),
     )
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from zipfile import BadZipFile
@@ -90,10 +91,34 @@ def embed_videos(
 
     num_views: clips per video, each of the grid's frames, interleaved in time; their vectors are
     averaged and made unit length. cache: a folder for the vectors, made as needed; they are found
-    again for the same model, budget, grid, views and files (name, size and time of change).
+    again for the same model, budget, grid, views and files (name, size and time of change), made
+    by the same fluxclip and decoder on the same kind of device.
     `on_progress(done, total)` counts clips of this process. Raises ValueError that names the video
     whose vector is not finite or not of unit length.
     """
+    require_same(
+        [model.fingerprint, [str(b) for b in budgets], num_views, [v.name for v in videos]]
+    )
+
+    def work() -> dict[int | None, list[_Batch]]:
+        return _own_batches(model, videos, budgets, num_views, cache, on_progress)
+
+    shared = distributed.gather_results(work)
+    return {
+        budget: _joined([own[budget] for own in shared], len(videos), model.dim)
+        for budget in budgets
+    }
+
+
+def _own_batches(
+    model: EvaluatedModel,
+    videos: Sequence[Path],
+    budgets: Sequence[int | None],
+    num_views: int,
+    cache: Path | None,
+    on_progress: Progress | None,
+) -> dict[int | None, list[_Batch]]:
+    """The batches that are this process's share."""
     starts = range(0, len(videos), _CLIPS_AT_ONCE)[distributed.rank() :: distributed.world_size()]
     total = len(budgets) * sum(len(videos[start : start + _CLIPS_AT_ONCE]) for start in starts)
     done = 0
@@ -116,37 +141,59 @@ def embed_videos(
                 if batch is None:
                     batch = _embed(model, paths, clips, start, budget, decode_s, budget in warm)
                     warm.add(budget)
-                    _save(files[budget], batch)
+                    if not batch.broken:  # what could not be read is tried again
+                        _save(files[budget], batch)
                 batches[budget].append(batch)
                 done += len(paths)
                 if on_progress is not None:
                     on_progress(done, total)
-    return {
-        budget: _joined(distributed.gather(own), len(videos), model.dim)
-        for budget, own in batches.items()
-    }
+    return batches
 
 
 def embed_texts(
     model: EvaluatedModel, texts: Sequence[str], *, cache: Path | None = None
 ) -> tuple[Vectors, float]:
     """Unit vectors (M, D) of texts and the seconds they took; `cache` as in `embed_videos`."""
-    batches = []
+    require_same([model.fingerprint, list(texts)])
     starts = range(0, len(texts), _TEXTS_AT_ONCE)[distributed.rank() :: distributed.world_size()]
-    for start in starts:
-        own = list(texts[start : start + _TEXTS_AT_ONCE])
-        file = _cache_file(cache, model, own)
-        batch = _load(file, start)
-        if batch is None:
-            begun = time.perf_counter()
-            vectors = model.embed_text(own)
-            seconds = time.perf_counter() - begun
-            _require_unit(vectors, [f"text {text!r}" for text in own], model)
-            batch = _Batch(start, vectors, 0.0, seconds, {})
-            _save(file, batch)
-        batches.append(batch)
-    joined = _joined(distributed.gather(batches), len(texts), model.dim)
+
+    def work() -> list[_Batch]:
+        return [
+            _text_batch(model, texts[start : start + _TEXTS_AT_ONCE], start, cache)
+            for start in starts
+        ]
+
+    joined = _joined(distributed.gather_results(work), len(texts), model.dim)
     return joined.vectors_ND, joined.embed_s
+
+
+def require_same(what: list[Any]) -> None:
+    """Raise ValueError if processes of one job are not at the same task."""
+    digests = distributed.gather(hashlib.sha256(json.dumps(what).encode()).hexdigest())
+
+    def check() -> None:
+        if len(set(digests)) > 1:
+            raise ValueError(
+                "the processes do not see the same model, videos and texts: give each the same "
+                "files, and change nothing while it runs"
+            )
+
+    distributed.gather_results(check)
+
+
+def _text_batch(
+    model: EvaluatedModel, texts: Sequence[str], start: int, cache: Path | None
+) -> _Batch:
+    file = _cache_file(cache, model, list(texts))
+    batch = _load(file, start)
+    if batch is None:
+        begun = time.perf_counter()
+        vectors = model.embed_text(texts)
+        seconds = time.perf_counter() - begun
+        _require_unit(vectors, [f"text {text!r}" for text in texts], model)
+        batch = _Batch(start, vectors, 0.0, seconds, {})
+        _save(file, batch)
+    return batch
 
 
 def _read(
@@ -161,14 +208,14 @@ def _read(
             clip = read_clip(path, num_frames=num_frames * num_views, side=side, fit=fit)
         except (OSError, ValueError) as error:
             return str(error)
-        # a still, and a video with few frames, gives fewer views
+        # a still gives one view
         return [
             Clip(clip.frames_THWC[view::num_views], clip.times_s[view::num_views])
             for view in range(min(num_views, len(clip.times_s)))
         ]
 
     begun = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(distributed.num_cores()) as pool:
         return list(pool.map(read, paths)), time.perf_counter() - begun
 
 
@@ -249,7 +296,8 @@ def _cache_file(cache: Path | None, model: EvaluatedModel, content: list[Any]) -
     """Where the vectors of a batch with this content lie."""
     if cache is None:
         return None
-    key = json.dumps([model.fingerprint, content])
+    made_by = [version("fluxclip"), version("av"), str(getattr(model, "device", "cpu"))]
+    key = json.dumps([model.fingerprint, made_by, content])
     return cache / model.fingerprint[:12] / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
 
 

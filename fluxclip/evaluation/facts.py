@@ -98,12 +98,13 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine; nothing is imported to find them."""
+def environment(model: EvaluatedModel) -> dict[str, str]:
+    """Versions, machine and the model's device; nothing is imported to find them."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     found["machine"] = f"{platform.system()} {platform.machine()}"
     found["cpus"] = str(os.cpu_count())
+    found["device"] = getattr(model, "device_name", "unknown")
     return found

@@ -20,7 +20,6 @@ from fluxclip.evaluation.record import (
     Bounds,
     ClassificationRecord,
     Cost,
-    DataFacts,
     Means,
     Record,
 )
@@ -67,9 +66,7 @@ def published(protocol: str) -> list[Published]:
     """
     text = (files("fluxclip.evaluation") / "published.json").read_text("utf-8")
     rows = [Published(**row) for row in json.loads(text)]
-    return [
-        row for row in rows if protocol == row.protocol or protocol.startswith(f"{row.protocol} ")
-    ]
+    return [row for row in rows if set(row.protocol.split()) <= set(protocol.split())]
 
 
 def print_table(record: AnyRecord, console: Console) -> None:
@@ -98,7 +95,7 @@ def print_table(record: AnyRecord, console: Console) -> None:
         num_tied = max(len(score.ties) for _, score in scores)
         if num_tied:
             console.print(f"up to {num_tied} queries are tied: their mean over all orders counts")
-    _print_cost(record.results, record.data, console)
+    _print_cost(record.results, record.data.num_videos, console)
     for direction, title in DIRECTIONS.items():
         temperature = record.results[0].dual_softmax.temperature
         heading = f"{title}, dual softmax at temperature {temperature:g}"
@@ -141,23 +138,38 @@ def describe(record: AnyRecord) -> list[str]:
     return lines
 
 
+def by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records whose numbers can be compared, by what they were measured on.
+
+    Those are of one protocol and file, with the same captions, clean-up and gallery of captions.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        files = {Path(path).name: digest[:6] for path, digest in record.data.files.items()}
+        parts = [record.data.protocol, *(f"{name}@{digest}" for name, digest in files.items())]
+        parts.append(f"captions={record.captions}")
+        parts += ["cleaned"] if record.data.texts.clean_up else []
+        parts += ["best caption of each video"] if record.caption_gallery == "best" else []
+        groups.setdefault(", ".join(parts), []).append(record)
+    return groups
+
+
 def print_comparison(records: Sequence[Record], console: Console) -> None:
-    """Print records side by side, protocol by protocol, with published numbers below them.
+    """Print records side by side, task by task, with published numbers below them.
 
     Plain cosine and dual softmax are never in one row. A published row is marked where it was
     measured otherwise than the protocol says, and the mark is explained.
     """
-    for protocol in dict.fromkeys(record.data.protocol for record in records):
-        table = _table(f"{protocol}: R@1, R@10 (%) and their 95 % interval", _COMPARED_HEADS)
+    for task, compared in by_task(records).items():
+        protocol = compared[0].data.protocol
+        table = _table(f"{task}: R@1, R@10 (%) and their 95 % interval", _COMPARED_HEADS)
         notes: list[str] = []
-        for record in (record for record in records if record.data.protocol == protocol):
-            name = f"{record.model.name}@{record.model.fingerprint[:6]}"
-            if record.data.name != protocol:
-                name += f", {record.data.num_videos} of {record.data.num_expected} videos"
+        for record in compared:
+            name = _label(record)
             for result in record.results:
                 for kind, scores in (
                     ("cosine", result.cosine),
-                    ("dual softmax", result.dual_softmax.scores),
+                    ("dual", result.dual_softmax.scores),
                 ):
                     t2v, v2t = scores.text_to_video, scores.video_to_text
                     cells = [
@@ -175,9 +187,10 @@ def print_comparison(records: Sequence[Record], console: Console) -> None:
                 mark = f" [{notes.index(row.differs) + 1}]"
             r1 = ["-" if r is None else f"{r:.1f}" for r in (row.t2v_r1, row.v2t_r1)]
             tokens = "?" if row.tokens is None else str(row.tokens)
-            cells = [tokens, row.scores, r1[0], "-", r1[1], "-"]
+            cells = [tokens, row.scores.removesuffix(" softmax"), r1[0], "-", r1[1], "-"]
             table.add_row(Text(f"{row.model}{mark}"), *cells, style="dim")
         console.print(table)
+        console.print(DUAL_SOFTMAX_NOTE, style="dim", highlight=False)
         for number, note in enumerate(notes, start=1):
             console.print(Text(f"[{number}] {note}"), style="dim")
         sources = dict.fromkeys(row.source for row in published(protocol))
@@ -193,9 +206,10 @@ def plot_curve(
 ) -> None:
     """Draw text-to-video R@1, R@5, R@10 and MRR against tokens or time, one line per record.
 
-    Time is that of the video tower, in milliseconds per clip. Bands are 95 % intervals, dotted
-    lines what guessing scores on the set of the first record, crosses in R@1 against tokens the
-    published numbers of its protocol. `path` ends in .png, .svg or .pdf; a buffer receives a PNG.
+    The records are of one task (`by_task`). Time is that of the video tower, in milliseconds per
+    clip. Bands are 95 % intervals, dotted lines what guessing scores. Crosses in R@1 against tokens
+    are published numbers: dark by cosine, light by dual softmax or reranking. `path` ends in .png,
+    .svg or .pdf; a buffer receives a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -268,14 +282,14 @@ def score_cells(score: Means) -> list[str]:
     return [*cells, f"{score.median_rank:.4g}", f"{score.mean_rank:.1f}"]
 
 
-def cost_cells(result: Cost, num_videos: int) -> list[str]:
+def cost_cells(result: Cost, num_clips: int) -> list[str]:
     """Cells under `COST_HEADS`: tokens, frames x side, 10^9 multiply-accumulates, milliseconds."""
     return [
         str(result.num_tokens),
         f"{result.num_frames} x {result.side}²",
         "-" if result.macs is None else f"{result.macs / 1e9:.3g}",
-        f"{1000 * result.embed_s / num_videos:.1f}",
-        f"{1000 * result.decode_s / num_videos:.1f}",
+        f"{1000 * result.embed_s / num_clips:.1f}",
+        f"{1000 * result.decode_s / num_clips:.1f}",
     ]
 
 
@@ -292,13 +306,13 @@ def _print_accuracy(record: ClassificationRecord, console: Console) -> None:
             result.budget_name, _cell(a.top1, a.top1_interval), _cell(a.top5, a.top5_interval)
         )
     console.print(table)
-    _print_cost(record.results, record.data, console)
+    _print_cost(record.results, record.data.num_videos * record.num_views, console)
 
 
-def _print_cost(results: Sequence[Cost], data: DataFacts, console: Console) -> None:
+def _print_cost(results: Sequence[Cost], num_clips: int, console: Console) -> None:
     table = _table("cost of a clip in the video tower", ["budget", *COST_HEADS])
     for result in results:
-        table.add_row(result.budget_name, *cost_cells(result, data.num_videos))
+        table.add_row(result.budget_name, *cost_cells(result, num_clips))
     console.print(table)
 
 
@@ -339,19 +353,29 @@ def _draw(
     scores = [result.cosine.text_to_video for result in results]
     values = [getattr(score, metric) for score in scores]
     bounds = [getattr(score, f"{metric}_interval") for score in scores]
-    label = f"{record.model.name}@{record.model.fingerprint[:6]}"
+    label = _label(record)
     axes.plot(costs, values, color=colour, marker="o", markersize=5, linewidth=1.8, label=label)
     axes.fill_between(
         costs, [b.low for b in bounds], [b.high for b in bounds], color=colour, alpha=0.13, lw=0
     )
 
 
+def _label(record: Record) -> str:
+    """The model, and what of the protocol it was scored on where that is not all."""
+    model, data = f"{record.model.name}@{record.model.fingerprint[:6]}", record.data
+    return model + data.name.removeprefix(data.protocol)
+
+
 def _draw_published(axes: "Axes", protocol: str) -> set[float]:
-    """Published R@1 by plain cosine as crosses, by other scores as grey ones; their tokens."""
+    """Published R@1 as crosses with the models' names; returns their numbers of tokens."""
     drawn = set()
     for row in published(protocol):
         if row.tokens is not None and row.t2v_r1 is not None:
             colour = "#555555" if row.scores == "cosine" else "#aaaaaa"
             axes.plot(row.tokens, row.t2v_r1, marker="x", color=colour, markersize=5)
+            axes.annotate(
+                row.model, (row.tokens, row.t2v_r1), fontsize=5, color=colour,
+                xytext=(3, 2), textcoords="offset points",
+            )  # fmt: skip
             drawn.add(float(row.tokens))
     return drawn

@@ -17,6 +17,7 @@ from fluxclip.evaluation import embeddings
 from fluxclip.evaluation.budgets import evaluate
 from fluxclip.evaluation.embeddings import embed_texts, embed_videos
 from fluxclip.evaluation.protocols import RetrievalTask
+from fluxclip.evaluation.protocols.annotations import read
 from fluxclip.evaluation.record import Record
 from fluxclip.video import Clip, read_clip
 
@@ -104,8 +105,21 @@ def test_views_are_interleaved_and_averaged(hearts: RetrievalTask, tmp_path: Pat
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-6)
 
 
+def test_what_could_not_be_read_is_tried_again(hearts: RetrievalTask, tmp_path: Path) -> None:
+    videos = [Path(shutil.copy(video, tmp_path / video.name)) for video in hearts.videos[:3]]
+    whole, stat = videos[1].read_bytes(), videos[1].stat()
+    videos[1].write_bytes(bytes(len(whole)))
+    os.utime(videos[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    cache = tmp_path / "vectors"
+    assert list(embed_videos(ColourEmbedder(), videos, [8], cache=cache)[8].broken) == [1]
+    videos[1].write_bytes(whole)  # as after a disk or a network drive came back
+    os.utime(videos[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not embed_videos(ColourEmbedder(), videos, [8], cache=cache)[8].broken
+
+
 _SHARED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from colour_embedder import ColourEmbedder
@@ -115,27 +129,48 @@ from fluxclip.evaluation.budgets import evaluate
 from fluxclip.evaluation.protocols.annotations import read
 from fluxclip.evaluation.record import save_record
 embeddings._CLIPS_AT_ONCE = 5
+out = Path(sys.argv[3])
+task = read(sys.argv[2])
 with distributed.together():
-    record = evaluate(ColourEmbedder(), read(sys.argv[2]), budgets=[None, 8, 2])
-save_record(record, f"{sys.argv[3]}/{distributed.rank()}.json")
+    record = evaluate(ColourEmbedder(), task, budgets=[None, 8, 2], cache=out / "vectors")
+    save_record(record, out / f"{distributed.rank()}.json")
+    if distributed.rank() == 1:
+        task = replace(task, videos=task.videos[::-1])
+    try:
+        evaluate(ColourEmbedder(), task)
+    except ValueError as error:
+        (out / f"{distributed.rank()}.txt").write_text(str(error))
+    except SystemExit as stop:
+        (out / f"{distributed.rank()}.txt").write_text(str(stop.code))
 """
 
 
-def test_two_processes_give_the_record_of_one(hearts: RetrievalTask, tmp_path: Path) -> None:
+def test_two_processes_give_the_record_of_one(
+    hearts: RetrievalTask, emoji: Path, tmp_path: Path
+) -> None:
+    items = json.loads(hearts.sources[0].read_text())
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    items.insert(3, {"video": str(tmp_path / "broken.mp4"), "caption": "red"})
+    path = tmp_path / "hearts.json"
+    path.write_text(json.dumps(items))
     script = tmp_path / "shared.py"
     script.write_text(_SHARED)
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(script), str(Path(__file__).parent), str(hearts.sources[0]), str(tmp_path),
+            str(script), str(Path(__file__).parent), str(path), str(tmp_path),
         ],
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    expected = _but_for_time(evaluate(ColourEmbedder(), hearts, budgets=[None, 8, 2]))
+    expected = evaluate(ColourEmbedder(), read(path), budgets=[None, 8, 2])
+    assert list(expected.data.broken) == [os.path.relpath(tmp_path / "broken.mp4", tmp_path)]
     for rank in (0, 1):
         record = Record.model_validate_json((tmp_path / f"{rank}.json").read_bytes())
-        assert _but_for_time(record) == expected
+        assert _but_for_time(record) == _but_for_time(expected)
+    # when they are not at the same videos, one says so and both stop
+    assert "do not see the same" in (tmp_path / "0.txt").read_text()
+    assert (tmp_path / "1.txt").read_text() == "2"
 
 
 def _but_for_time(record: Record) -> dict[str, object]:
