@@ -47,8 +47,8 @@ rocket it has from other drawings and other words."""
 CAVEAT = """\
 This is cartoon art on white, and a few minutes of training on a small computer. The numbers show
 that the whole path works and that the model learned something that carries over to clips it never
-saw. They say nothing about camera footage. The same recipe, run four times as long, gave the model
-emoji-tiny that ships with FluxCLIP; the README has its numbers."""
+saw. They say nothing about camera footage. An hour of training, with more drawings and a teacher,
+gave the model emoji-tiny that ships with FluxCLIP; the README has its numbers."""
 
 
 def run(output: Path, *, console: Console) -> Path:

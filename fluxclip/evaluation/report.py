@@ -163,6 +163,7 @@ def print_comparison(records: Sequence[Record], console: Console) -> None:
     for task, compared in by_task(records).items():
         protocol = compared[0].data.protocol
         table = _table(f"{task}: R@1, R@10 (%) and their 95 % interval", _COMPARED_HEADS)
+        table.columns[0].justify = "left"
         notes: list[str] = []
         for record in compared:
             name = _label(record)
