@@ -37,11 +37,12 @@ def path(tmp_path: Path) -> Path:
 def test_every_recipe_that_ships_is_right(config: Path) -> None:
     recipe = recipes.read(config)
     files = [*(source.annotations for source in recipe.data), recipe.validation.annotations]
-    for file in (Path(file).resolve().relative_to(config.parents[1]) for file in files):
+    root = config.parents[1].resolve()
+    for file in (Path(file).resolve().relative_to(root) for file in files):
         if file.parts[0] == "runs":  # made by scripts that the recipe names
             assert f"scripts/build_{file.parts[1].replace('-', '_')}.py" in config.read_text()
         else:
-            assert (config.parents[1] / file).is_file()
+            assert (root / file).is_file()
     assert not any("test" in Path(file).name for file in files)
 
 
