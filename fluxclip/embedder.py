@@ -67,31 +67,30 @@ class Embedder:
         return self.model.macs(num_frames, side, token_budget)
 
     def embed_video(
-        self, videos: Sequence[str | Path | Clip], *, token_budget: int | None = None
-    ) -> Vectors:
+        self, videos: Sequence[str | Path | Clip], *, token_budget: int | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Vectors:  # fmt: skip
         """Unit vectors, float32 (len(videos), dim), of video or image files or of clips.
 
-        token_budget: tokens per clip, an integer of 1 or more; None uses all of the default grid.
-        Files are read at the grid of the budget; a clip with more frames is thinned out evenly to
+        token_budget: tokens per clip, an integer of 1 or more; None uses all of the grid.
+        grid: (num_frames, side), by default what the model's table gives for the budget.
+        Files are read at the grid; a clip with more frames is thinned out evenly to
         it, one with fewer is used as it is, and its pictures are resized to the grid's side.
         Raises FileNotFoundError or VideoError naming the file that cannot be read.
         """
         check_budget(token_budget)
         if isinstance(videos, (str, Path, Clip)):
             raise ValueError(f"embed_video takes a list of files or clips, got {videos!r} alone")
-        num_frames, side = self.grid(token_budget)
-        per_batch = max(1, _TOKENS_PER_BATCH // self.num_tokens(num_frames, side))
+        num_frames, side = grid or self.grid(token_budget)
+        self.num_tokens(num_frames, side)  # raises where it is no grid of the model
         vectors = np.empty((len(videos), self.dim), dtype=np.float32)
-        frames_of = enumerate(self._read_ahead(videos, num_frames, side))
-        while batch := list(itertools.islice(frames_of, per_batch)):
-            # clips that differ in frames (a still has one) cannot share a tensor
-            by_length: dict[int, list[tuple[int, torch.Tensor]]] = {}
-            for i, frames_THWC in batch:
-                by_length.setdefault(len(frames_THWC), []).append((i, frames_THWC))
-            for group in by_length.values():
-                rows = [i for i, _ in group]
-                frames_BTHWC = torch.stack([frames for _, frames in group])
-                vectors[rows] = self._encode(frames_BTHWC, token_budget)
+        start, batch, num_tokens = 0, [], 0
+        for frames_THWC in self._read_ahead(videos, num_frames, side):
+            batch.append(frames_THWC)
+            num_tokens += self.num_tokens(len(frames_THWC), side)
+            if num_tokens >= _TOKENS_PER_BATCH or start + len(batch) == len(videos):
+                vectors[start : start + len(batch)] = self._encode(batch, token_budget)
+                start, batch, num_tokens = start + len(batch), [], 0
         return vectors
 
     def embed_text(self, texts: Sequence[str]) -> Vectors:
@@ -143,12 +142,23 @@ class Embedder:
 
         text_export.write(self.model, Path(folder))
 
-    def _encode(self, frames_BTHWC: torch.Tensor, token_budget: int | None) -> Vectors:
+    def _encode(self, clips: Sequence[torch.Tensor], token_budget: int | None) -> Vectors:
+        """Unit vectors of clips as uint8 (T, H, W, 3), which may differ in T (a still has one)."""
         settings = self.model.preprocess
-        frames = frames_BTHWC.to(self.device)
+        by_length: dict[int, list[int]] = {}
+        for i, frames_THWC in enumerate(clips):
+            by_length.setdefault(len(frames_THWC), []).append(i)
+        order = [i for rows in by_length.values() for i in rows]
+        out = np.empty((len(clips), self.dim), dtype=np.float32)
         with torch.inference_mode():
-            x = to_float(frames, mean=settings.mean, std=settings.std)
-            out: Vectors = self.model.encode_video(x, token_budget).float().cpu().numpy()
+            groups_BTHWC = [
+                to_float(
+                    torch.stack([clips[i] for i in rows]).to(self.device),
+                    mean=settings.mean, std=settings.std,
+                )
+                for rows in by_length.values()
+            ]  # fmt: skip
+            out[order] = self.model.encode_clips(groups_BTHWC, token_budget).float().cpu().numpy()
         return out
 
     def _read_ahead(
@@ -195,10 +205,11 @@ def fingerprint(model: FluxCLIP | FrameAverage) -> str:
     """SHA-256, in hex, over architecture, preprocessing, and every weight of both towers."""
     described: dict[str, Any] = {"class": type(model).__name__}
     if isinstance(model, FluxCLIP):
-        described |= model.config.to_dict()
+        # defaults are left out, so that a setting that is new leaves older models what they were
+        described |= model.config.to_dict(defaults=False)
         # where the text weights lie and how training went change no vector
-        del described["text"]["source"], described["text"]["weights"]
-        del described["video"]["drop_path"]
+        for section, name in (("text", "source"), ("text", "weights"), ("video", "drop_path")):
+            described.get(section, {}).pop(name, None)
         described["pooling"] = getattr(model.text, "pooling", None)
     else:
         described |= {"architecture": model.architecture, "preprocess": model.preprocess}
@@ -214,8 +225,9 @@ def fingerprint(model: FluxCLIP | FrameAverage) -> str:
 def load_model(source: str | Path, *, device: str | None = None) -> Embedder:
     """The model at `source` as an Embedder, on `device` (by default a GPU if there is one).
 
-    source: a model folder or a run folder (its best model), `hf://org/name`,
-    `open_clip:NAME/TAG` or `open_clip:NAME/FILE`, or the name of a model that ships with fluxclip.
+    source: a model folder or a run folder (its best model), `hf://org/name` or
+    `hf://org/name@revision`, `open_clip:NAME/TAG` or `open_clip:NAME/FILE`, or the name of a model
+    that ships with fluxclip.
     Raises ValueError or FileNotFoundError in one line that says what is known.
     """
     text = str(source)
@@ -232,16 +244,23 @@ def load_model(source: str | Path, *, device: str | None = None) -> Embedder:
         )
     from fluxclip.model import weights
 
-    folder, name, source = _from_hub(text) if text.startswith("hf://") else _find_folder(text)
-    if text.startswith("hf://"):
-        config = weights.read_config(folder)
-        if "." in config.video.scorer + config.text.encoder:
-            raise ValueError(f"{text} names code outside fluxclip; a model from the hub may not")
+    folder, name, source = find_folder(text)
     return Embedder(weights.load(folder), name=name, source=source, device=device)
 
 
-def _find_folder(source: str) -> tuple[Path, str, str]:
-    """A model's folder, its name, and by what it is found again from anywhere."""
+def find_folder(source: str) -> tuple[Path, str, str]:
+    """A model's folder, its name, and by what it is found again from anywhere.
+
+    source: as `load_model` takes it; one of the hub is fetched. Raises ValueError for a model that
+    is no folder, as those of open_clip, or that is unknown.
+    """
+    if source.startswith("hf://"):
+        from fluxclip.model import hub
+
+        name = source.partition("@")[0].rpartition("/")[2]
+        return hub.fetch(source), name, source
+    if source.startswith("open_clip:"):
+        raise ValueError(f"{source} is weights of open_clip, not a model folder")
     folder = Path(source).expanduser().absolute()
     if (folder / "best" / "config.json").is_file():
         return folder / "best", folder.name, str(folder)
@@ -264,17 +283,3 @@ def shipped_models() -> dict[str, Path]:
     roots = (package / "assets" / "models", package.parent / "assets" / "models")
     configs = itertools.chain.from_iterable(sorted(root.glob("*/config.json")) for root in roots)
     return {config.parent.name: config.parent for config in configs}
-
-
-def _from_hub(source: str) -> tuple[Path, str, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name = source.removeprefix("hf://")
-    try:
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"])
-        return Path(folder), name.rpartition("/")[2], source
-    except HFValidationError as error:
-        raise ValueError(f"{source!r} is no hub name: hf://org/name") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"cannot fetch {source}: {str(error).splitlines()[0]}") from error

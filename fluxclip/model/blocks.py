@@ -1,6 +1,7 @@
 """Transformer block and attention pooling of FluxViT (arXiv 2503.14237).
 
-Shape legend: B clips, K tokens, D width.
+Tokens come dense, (B, K, D), or packed, (S, D) with the clips' `Segments`.
+Shape legend: B clips, K tokens of each, S tokens of all, D width.
 """
 
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxclip.model.attention import attend
+from fluxclip.model.attention import Segments, attend, attend_once
 from fluxclip.tokens.tubelets import RMSNorm
 
 Gelu = Literal["tanh", "erf"]
@@ -45,15 +46,15 @@ class Attention(nn.Module):
         self.lpe_shift = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BKD: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BKD).chunk(3, dim=-1)
-        out = attend(self.q_norm(q), self.k_norm(k), v, heads=self.heads)
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        out = attend(self.q_norm(q), self.k_norm(k), v, heads=self.heads, segments=segments)
         out = out + torch.addcmul(self.lpe_shift, v, self.lpe_scale)
         return self.proj(out)
 
 
 class Block(nn.Module):
-    """Pre-norm block with LayerScale and drop path drawn once per clip: (B, K, D) -> (B, K, D)."""
+    """Pre-norm block with LayerScale and drop path drawn once per clip; the shape stays."""
 
     def __init__(
         self, width: int, heads: int, *, mlp_ratio: float, gelu: Gelu, layer_scale: float,
@@ -68,22 +69,29 @@ class Block(nn.Module):
         self.ls2 = nn.Parameter(torch.full((width,), layer_scale))
         self.drop_path = drop_path
 
-    def forward(self, x_BKD: Tensor) -> Tensor:
-        x_BKD = self._add(x_BKD, self.attn(self.norm1(x_BKD)), self.ls1)
-        return self._add(x_BKD, self.mlp(self.norm2(x_BKD)), self.ls2)
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        x = self._add(x, self.attn(self.norm1(x), segments), self.ls1, segments)
+        return self._add(x, self.mlp(self.norm2(x)), self.ls2, segments)
 
-    def _add(self, x_BKD: Tensor, branch_BKD: Tensor, scale: Tensor) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor, scale: Tensor, segments: Segments | None) -> Tensor:
         if self.training and self.drop_path:
             # stochastic depth (arXiv 1603.09382): a clip keeps the branch or loses it whole
             keep = 1 - self.drop_path
-            kept_B11 = torch.rand(x_BKD.shape[0], 1, 1, device=x_BKD.device) < keep
-            branch_BKD = branch_BKD * (kept_B11 / keep).to(branch_BKD.dtype)
+            if segments is None:
+                kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
+            else:
+                kept = (torch.rand(len(segments), 1, device=x.device) < keep)[segments.clip_S]
+            branch = branch * (kept / keep).to(branch.dtype)
         # autocast keeps LayerScale's product in the precision of the residual stream
-        return torch.addcmul(x_BKD, branch_BKD.to(x_BKD.dtype), scale.to(x_BKD.dtype))
+        return torch.addcmul(x, branch.to(x.dtype), scale.to(x.dtype))
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling: the mean token asks, all tokens answer. (B, K, D) -> (B, pooled)."""
+    """Attention pooling: the mean token asks, all tokens answer. -> (B, pooled).
+
+    count_S: how many tokens each one stands for (its run length): mean and answer are then those
+    of a clip in which it is there so often.
+    """
 
     def __init__(self, width: int, heads: int, pooled: int) -> None:
         super().__init__()
@@ -92,7 +100,26 @@ class AttentionPool(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.proj = nn.Linear(width, pooled)
 
-    def forward(self, x_BKD: Tensor) -> Tensor:
-        q = self.q(self.norm_q(x_BKD.mean(1, keepdim=True)))
-        k, v = self.k(self.norm_k(x_BKD)), self.v(self.norm_v(x_BKD))
-        return self.proj(attend(q, k, v, heads=self.heads))[:, 0]
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, count_S: Tensor | None = None
+    ) -> Tensor:
+        k, v = self.k(self.norm_k(x)), self.v(self.norm_v(x))
+        if segments is None:
+            q = self.q(self.norm_q(x.mean(1, keepdim=True)))
+            return self.proj(attend(q, k, v, heads=self.heads)[:, 0])
+        q = self.q(self.norm_q(_mean(x, segments, count_S)))
+        answer = attend_once(q, k, v, heads=self.heads, segments=segments, count_S=count_S)
+        return self.proj(answer)
+
+
+def _mean(x_SD: Tensor, segments: Segments, count_S: Tensor | None) -> Tensor:
+    """Mean token of each clip (B, D), summed in fp32."""
+    sums = x_SD.new_zeros(len(segments), x_SD.shape[1], dtype=torch.float32)
+    if count_S is None:
+        total_B1 = segments.offsets.diff()[:, None]
+        summed_BD = sums.index_add(0, segments.clip_S, x_SD.float())
+    else:
+        count_S1 = count_S.float()[:, None]
+        total_B1 = sums.new_zeros(len(segments), 1).index_add(0, segments.clip_S, count_S1)
+        summed_BD = sums.index_add(0, segments.clip_S, x_SD.float() * count_S1)
+    return (summed_BD / total_B1).to(x_SD.dtype)

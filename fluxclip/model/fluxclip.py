@@ -21,12 +21,12 @@ from fluxclip.tokens.selection import Selection, check_budget
 class View:
     """Clips at one token budget: unit vectors, what they were projected from, and the tokens.
 
-    tokens_BKW: the blocks' output (W their width) for the K selected patches of each clip.
+    tokens_SW: the blocks' output (W their width) for the selected patches of all clips.
     """
 
     vector_BD: Tensor
     pooled_BP: Tensor
-    tokens_BKW: Tensor
+    tokens_SW: Tensor
     selection: Selection
 
 
@@ -119,7 +119,18 @@ class FluxCLIP(nn.Module):
 
     def encode_video(self, frames_BTHWC: Tensor, budget: int | None = None) -> Tensor:
         """Unit vectors (B, D) of normalised frames, from at most `budget` tokens per clip."""
-        return self.project_video(self.video(frames_BTHWC, budget))
+        return self.encode_clips([frames_BTHWC], budget)
+
+    def encode_clips(self, groups_BTHWC: Sequence[Tensor], budget: int | None = None) -> Tensor:
+        """Unit vectors (sum of B, D) of groups of clips, each group of one shape, in this order.
+
+        They go through the blocks together, packed by their tokens, without padding.
+        """
+        groups = []
+        for frames_BTHWC in groups_BTHWC:
+            patches = self.video.embed(frames_BTHWC)
+            groups.append((patches, self.video.select(patches, budget)))
+        return self.project_video(self.video.pool(self.video.encode_packed(groups)))
 
     def encode_video_views(
         self, frames_BTHWC: Tensor, budgets: Sequence[int], *,
@@ -129,15 +140,16 @@ class FluxCLIP(nn.Module):
 
         Budgets above a clip's tokens (a still has few) share one pass.
         """
-        patches_BNLD = self.video.embed(frames_BTHWC)
-        rows, columns = (side // self.config.video.patch for side in frames_BTHWC.shape[2:4])
-        most = patches_BNLD.shape[1] * patches_BNLD.shape[2]
+        patches = self.video.embed(frames_BTHWC)
+        most = patches.num_cells
         views: dict[int, View] = {}
         for budget in dict.fromkeys(min(budget, most) for budget in budgets):
-            selection = self.video.select(patches_BNLD, budget, generator=generator)
-            x_BKD = self.video.encode_tokens(patches_BNLD, selection, rows=rows, columns=columns)
-            pooled_BP = self.video.pool(x_BKD)
-            views[budget] = View(self.project_video(pooled_BP), pooled_BP, x_BKD[:, 1:], selection)
+            selection = self.video.select(patches, budget, generator=generator)
+            encoded = self.video.encode(patches, selection)
+            pooled_BP = self.video.pool(encoded)
+            views[budget] = View(
+                self.project_video(pooled_BP), pooled_BP, encoded.patches_SD, selection
+            )
         return [views[min(budget, most)] for budget in budgets]
 
     def encode_text(self, ids_BL: Tensor) -> Tensor:

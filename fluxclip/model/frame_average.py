@@ -118,6 +118,10 @@ class FrameAverage(nn.Module):
         features = F.normalize(self.clip.encode_image(images).float(), dim=-1)
         return F.normalize(features.view(b, -1, features.shape[-1]).mean(1), dim=-1)
 
+    def encode_clips(self, groups_BTHWC: Sequence[Tensor], budget: int | None = None) -> Tensor:
+        """Unit vectors (sum of B, D) of groups of clips, each group of one shape, in this order."""
+        return torch.cat([self.encode_video(frames, budget) for frames in groups_BTHWC])
+
     @torch.no_grad()
     def encode_text(self, ids_BL: Tensor) -> Tensor:
         return F.normalize(self.clip.encode_text(ids_BL).float(), dim=-1)

@@ -22,6 +22,9 @@ class VideoTowerConfig:
     gelu: "tanh" as in official training (fused kernels), "erf" as in the non-fused code.
     layer_scale: its initial value. drop_path: rate at the last block, growing linearly from 0.
     scorer: a file in fluxclip/tokens/scorers, or a dotted name.
+    filter: a file in fluxclip/tokens/filters, or a dotted name; empty for none. filter_settings:
+    its own. length_encoding: a learned vector per run length is added to tokens that stand for
+    several. pool_by_length: such tokens count as several in the pooling.
     projector_budgets: empty for one shared pooling; else one for each of these token budgets, and
     the nearest in log tokens serves the budgets between.
     """
@@ -40,9 +43,15 @@ class VideoTowerConfig:
     layer_scale: float = 1e-5
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     scorer: str = "group_dynamic"
+    filter: str = ""
+    filter_settings: dict[str, str | float] = field(default_factory=dict)
+    length_encoding: bool = False
+    pool_by_length: bool = False
     projector_budgets: tuple[PositiveInt, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.filter and (self.filter_settings or self.length_encoding):
+            raise ValueError("filter_settings and length_encoding need a filter: run_length")
         if self.width % self.heads or self.width % self.pool_heads:
             raise ValueError(
                 f"video width {self.width} must be divisible by heads ({self.heads}) "
@@ -104,8 +113,25 @@ class FluxCLIPConfig:
         for num_frames, side in (self.grids.default, *(row[1:] for row in self.grids.rows)):
             self.video.num_tokens(num_frames, side)  # raises where the side does not divide
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def to_dict(self, *, defaults: bool = True) -> dict[str, Any]:
+        """Plain values; without `defaults` only those that differ from them."""
+        return dataclasses.asdict(self) if defaults else _changed(self)
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            if inner := _changed(value):
+                values[item.name] = inner
+        elif value != item.default and value != _made(item):
+            values[item.name] = value
+    return values
+
+
+def _made(item: Any) -> Any:
+    return None if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 _PRESETS = {

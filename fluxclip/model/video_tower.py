@@ -1,37 +1,119 @@
 """FluxViT: frames to one pooled feature, at any token budget (arXiv 2503.14237).
 
-Shape legend: B clips, T frames, H W pixels, N time steps, L patches per step, K kept tokens,
-D width.
+Shape legend: B clips, T frames, H W pixels, N time steps, L patches per step, K tokens of each
+clip, M tokens of all clips that a filter left, S tokens of all clips that are encoded, D width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fluxclip import plugins
+from fluxclip.model.attention import Segments
 from fluxclip.model.blocks import AttentionPool, Block
 from fluxclip.model.presets import VideoTowerConfig
+from fluxclip.settings import parse
 from fluxclip.tokens.positions import GlobalPositions
 from fluxclip.tokens.selection import Selection, check_budget, gather, take
-from fluxclip.tokens.tubelets import PatchEmbedding
+from fluxclip.tokens.tubelets import PatchEmbedding, tubelets
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Embedded patches of clips of one shape, before positions.
+
+    vectors: (B, N, L, D), or (M, D) of what a filter left, the clips one after the other.
+    kept: which cells a filter left; None without one. run_length_BNL: int64, how many time steps
+    each of them stands for, 0 where there is none. rows, columns: of the L patches of a step.
+    """
+
+    vectors: Tensor
+    num_clips: int
+    num_steps: int
+    rows: int
+    columns: int
+    kept: Selection | None = None
+    run_length_BNL: Tensor | None = None
+
+    @property
+    def num_cells(self) -> int:
+        """Tokens per clip, those that the filter left out included."""
+        return self.num_steps * self.rows * self.columns
+
+    def vectors_BNLD(self) -> Tensor:
+        """A vector for every cell; one that the filter left out has that of the head of its run."""
+        if self.run_length_BNL is None:
+            return self.vectors
+        is_kept_BNL, row_BNL = self.run_length_BNL > 0, self._row_BNL()
+        # the rows of a place grow along time, so the latest kept one is the largest
+        return self.vectors[torch.where(is_kept_BNL, row_BNL, 0).cummax(1).values]
+
+    def vectors_SD(self, selection: Selection) -> Tensor:
+        """The selected vectors, packed."""
+        assert self.run_length_BNL is not None
+        if selection is self.kept:
+            return self.vectors
+        row_S = self._row_BNL().flatten().index_select(0, selection.cells(self.num_cells))
+        return self.vectors.index_select(0, row_S)
+
+    def run_length_S(self, selection: Selection) -> Tensor:
+        """How many time steps each selected token stands for."""
+        if self.run_length_BNL is None:
+            return torch.ones_like(selection.index)
+        return self.run_length_BNL.flatten().index_select(0, selection.cells(self.num_cells))
+
+    def _row_BNL(self) -> Tensor:
+        """Where in `vectors` the vector of a kept cell is."""
+        assert self.run_length_BNL is not None
+        return (self.run_length_BNL > 0).flatten().cumsum(0).view_as(self.run_length_BNL) - 1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the blocks make of selected patches, the class token first in every clip.
+
+    tokens: (B, 1 + K, D) where every clip keeps K, with `segments` None; else packed (S, D).
+    lengths: tokens of each clip without the class token. count_S: how many tokens each one stands
+    for in the pooling; None where each is one.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    segments: Segments | None = None
+    count_S: Tensor | None = None
+
+    @property
+    def patches_SD(self) -> Tensor:
+        """The tokens without the class tokens, packed."""
+        if self.segments is None:
+            return self.tokens[:, 1:].flatten(0, 1)
+        row_S = (~_is_class_token(self.lengths)).nonzero()[:, 0]
+        return self.tokens.index_select(0, row_S.to(self.tokens.device, non_blocking=True))
 
 
 class VideoTower(nn.Module):
     """Normalised frames (B, T, H, W, 3) to pooled features (B, pooled).
 
-    `tower(frames, budget)` is `tower.encode(tower.embed(frames), budget)`; the two steps are apart
-    so that several budgets of one batch embed its patches once.
+    `tower(frames, budget)` is `embed`, `select`, `encode`, `pool` in this order; they are apart so
+    that several budgets of one batch embed its patches once, and clips of several shapes go
+    through the blocks together.
     """
 
     def __init__(self, config: VideoTowerConfig) -> None:
         super().__init__()
         self.config = c = config
         self.scorer: Callable[..., Tensor] = plugins.load("fluxclip.tokens.scorers", c.scorer).score
+        self.filter = _filter(c)
         self.patch_embed = PatchEmbedding(c.width, patch=c.patch, tubelet=c.tubelet)
         steps = -(-c.table_frames // c.tubelet)
         self.positions = GlobalPositions(steps, c.table_side // c.patch, c.width)
+        if c.length_encoding:
+            # RLT's, by run length; runs of one have none, so that a clip in which nothing repeats
+            # stays what it is, and it starts at zero, so that a trained tower does
+            self.run_lengths = nn.Parameter(torch.zeros(max(1, steps - 1), c.width))
         self.class_token = nn.Parameter(torch.zeros(c.width))
         self.class_position = nn.Parameter(torch.zeros(c.width))
         rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
@@ -64,59 +146,99 @@ class VideoTower(nn.Module):
         self, frames_BTHWC: Tensor, budget: int | None = None, *, projector: int | None = None
     ) -> Tensor:
         """Pooled features (B, pooled) from at most `budget` tokens per clip; None keeps all."""
-        rows, columns = (side // self.config.patch for side in frames_BTHWC.shape[2:4])
-        return self.encode(
-            self.embed(frames_BTHWC), budget, rows=rows, columns=columns, projector=projector
-        )
+        patches = self.embed(frames_BTHWC)
+        return self.pool(self.encode(patches, self.select(patches, budget)), projector=projector)
 
-    def embed(self, frames_BTHWC: Tensor) -> Tensor:
-        """Patch vectors (B, N, L, D), before positions."""
-        return self.patch_embed(frames_BTHWC)
+    def embed(self, frames_BTHWC: Tensor) -> Patches:
+        """Patch vectors before positions; what the filter leaves out is not embedded."""
+        c = self.config
+        rows, columns = (side // c.patch for side in frames_BTHWC.shape[2:4])
+        x_BNLP = tubelets(frames_BTHWC, patch=c.patch, tubelet=c.tubelet)
+        b, n, length, p = x_BNLP.shape
+        if self.filter is None:
+            return Patches(self.patch_embed(x_BNLP), b, n, rows, columns)
+        mask_BNL, run_length_BNL = self.filter(frames_BTHWC)
+        kept = take(torch.zeros_like(mask_BNL, dtype=torch.float32), mask_BNL)
+        x_MP = x_BNLP.view(-1, p).index_select(0, kept.cells(n * length))
+        return Patches(self.patch_embed(x_MP), b, n, rows, columns, kept, run_length_BNL)
 
     def select(
-        self, patches_BNLD: Tensor, budget: int | None, *, generator: torch.Generator | None = None
+        self, patches: Patches, budget: int | None, *, generator: torch.Generator | None = None
     ) -> Selection:
-        """The positions that the scorer keeps for a budget (exactly, or all where fewer exist)."""
-        check_budget(budget)
-        b, n, length, _ = patches_BNLD.shape
-        if budget is None or budget >= n * length:
-            return take(patches_BNLD.new_zeros(b, n, length))
-        with torch.no_grad():
-            return take(self.scorer(patches_BNLD, generator=generator), budget=budget)
+        """The positions that filter and scorer keep for a budget (exactly, or all where fewer are).
 
-    def encode(
-        self, patches_BNLD: Tensor, budget: int | None = None, *, rows: int, columns: int,
-        selection: Selection | None = None, projector: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Pooled features (B, pooled) of embedded patches, whose L is rows x columns.
-
-        selection: given positions instead of the scorer's choice. projector: which pooling, where
-        there is one per budget; None takes the nearest to the number of tokens kept.
         generator: makes a random scorer draw anew (training).
         """
-        selection = selection or self.select(patches_BNLD, budget, generator=generator)
-        x_BKD = self.encode_tokens(patches_BNLD, selection, rows=rows, columns=columns)
-        return self.pool(x_BKD, projector=projector)
+        check_budget(budget)
+        b, n, length = patches.num_clips, patches.num_steps, patches.rows * patches.columns
+        kept = patches.kept
+        if budget is None or budget >= (n * length if kept is None else max(kept.lengths)):
+            return kept or take(torch.zeros(b, n, length, device=patches.vectors.device))
+        with torch.no_grad():
+            score_BNL = self.scorer(patches.vectors_BNLD(), generator=generator)
+            if kept is None:
+                return take(score_BNL, budget=budget)
+            assert patches.run_length_BNL is not None
+            mask_BNL = patches.run_length_BNL > 0
+            return take(score_BNL, mask_BNL, budget, available=kept.lengths)
 
-    def encode_tokens(
-        self, patches_BNLD: Tensor, selection: Selection, *, rows: int, columns: int
-    ) -> Tensor:
-        """What the blocks make of the selected patches: (B, 1 + K, D), the class token first."""
-        n = patches_BNLD.shape[1]
-        positions_1ND = self.positions(n, rows, columns)[None]
-        x_BKD = gather(patches_BNLD.flatten(1, 2) + positions_1ND, selection)
-        class_BKD = (self.class_token + self.class_position).expand(x_BKD.shape[0], 1, -1)
-        x_BKD = torch.cat([class_BKD.to(x_BKD.dtype), x_BKD], dim=1)
+    def encode(self, patches: Patches, selection: Selection) -> Encoded:
+        """What the blocks make of the selected patches of clips of one shape."""
+        return self.encode_packed([(patches, selection)])
+
+    def encode_packed(self, groups: Sequence[tuple[Patches, Selection]]) -> Encoded:
+        """What the blocks make of several groups of clips, each of one shape, in one pass.
+
+        No padding: clips of different lengths are packed one after the other.
+        """
+        lengths = tuple(length for _, selection in groups for length in selection.lengths)
+        count_S = None
+        if self.config.pool_by_length and any(patches.kept for patches, _ in groups):
+            count_S = torch.cat([patches.run_length_S(selection) for patches, selection in groups])
+        class_D = self.class_token + self.class_position
+        if len(set(lengths)) == 1 and count_S is None:
+            x_BKD = torch.cat([self._placed(*group) for group in groups])
+            class_BKD = class_D.expand(len(lengths), 1, -1)
+            x, segments = torch.cat([class_BKD.to(x_BKD.dtype), x_BKD], dim=1), None
+        else:
+            x_SD = torch.cat([self._placed(*group).flatten(0, -2) for group in groups])
+            segments = Segments([1 + length for length in lengths], x_SD.device)
+            x = _with_class_tokens(x_SD, class_D.to(x_SD.dtype), lengths)
+            if count_S is not None:
+                count_S = _with_class_tokens(count_S, count_S.new_ones(()), lengths)
         for block in self.blocks:
-            x_BKD = block(x_BKD)
-        return x_BKD
+            x = block(x, segments)
+        return Encoded(x, lengths, segments, count_S)
 
-    def pool(self, x_BKD: Tensor, *, projector: int | None = None) -> Tensor:
-        """Pooled features (B, pooled) of the blocks' output, the class token included."""
-        if projector is None:
-            projector = self.projector_for(x_BKD.shape[1] - 1)
-        pooled_BP: Tensor = self.pools[projector](x_BKD)
+    def _placed(self, patches: Patches, selection: Selection) -> Tensor:
+        """Selected vectors with positions: (B, K, D) where all clips keep K, else packed (S, D)."""
+        positions_ND = self.positions(patches.num_steps, patches.rows, patches.columns)
+        if patches.kept is None:
+            return gather(patches.vectors.flatten(1, 2) + positions_ND, selection)
+        x_SD = patches.vectors_SD(selection) + positions_ND.index_select(0, selection.index)
+        if self.config.length_encoding:
+            repeats_S = patches.run_length_S(selection) - 1
+            row_S = (repeats_S - 1).clamp(0, len(self.run_lengths) - 1)
+            encoding_SD = self.run_lengths.index_select(0, row_S) * (repeats_S > 0)[:, None]
+            x_SD = x_SD + encoding_SD.to(x_SD.dtype)
+        is_even = len(set(selection.lengths)) == 1
+        return x_SD.view(patches.num_clips, -1, x_SD.shape[1]) if is_even else x_SD
+
+    def pool(self, encoded: Encoded, *, projector: int | None = None) -> Tensor:
+        """Pooled features (B, pooled). projector: which pooling, where there is one per budget;
+
+        None takes, clip by clip, the nearest to the number of its tokens.
+        """
+        if projector is not None or len(self.pools) == 1:
+            return self._pool(encoded, projector or 0)
+        wanted = [self.projector_for(length) for length in encoded.lengths]
+        pooled = {i: self._pool(encoded, i) for i in sorted(set(wanted))}
+        if len(pooled) == 1:
+            return pooled[wanted[0]]
+        return torch.stack([pooled[i][clip] for clip, i in enumerate(wanted)])
+
+    def _pool(self, encoded: Encoded, projector: int) -> Tensor:
+        pooled_BP: Tensor = self.pools[projector](encoded.tokens, encoded.segments, encoded.count_S)
         return pooled_BP
 
     def projector_for(self, num_tokens: int) -> int:
@@ -137,6 +259,38 @@ class VideoTower(nn.Module):
         block = n * (4 * d * d + 2 * d * hidden) + 2 * n * n * d
         pool = 2 * n * d * d + 2 * n * d + c.pooled * d
         return c.depth * block + num_tokens * values * d + pool
+
+
+def _filter(config: VideoTowerConfig) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """The pixel filter of a config, or None; ValueError for an unknown one or wrong settings."""
+    if not config.filter:
+        return None
+    module = plugins.load("fluxclip.tokens.filters", config.filter)
+    chosen = parse(module.Settings, config.filter_settings, source=f"filter {config.filter!r}")
+
+    def keep(frames_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
+        kept: tuple[Tensor, Tensor] = module.keep(
+            frames_BTHWC, chosen, patch=config.patch, tubelet=config.tubelet
+        )
+        return kept
+
+    return keep
+
+
+def _is_class_token(lengths: Sequence[int]) -> Tensor:
+    """bool (S,) on the CPU: which rows of a packed batch are class tokens, one ahead of a clip."""
+    length_B = torch.tensor(lengths) + 1
+    is_first_S = torch.zeros(int(length_B.sum()), dtype=torch.bool)
+    is_first_S[length_B.cumsum(0) - length_B] = True
+    return is_first_S
+
+
+def _with_class_tokens(x: Tensor, first: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packed rows with one more, `first`, before those of each clip."""
+    is_first_S = _is_class_token(lengths)
+    # row 0 is the class token, the others follow in order
+    row_S = torch.where(is_first_S, 0, (~is_first_S).cumsum(0)).to(x.device, non_blocking=True)
+    return torch.cat([first[None], x]).index_select(0, row_S)
 
 
 class FluxViTClassifier(nn.Module):

@@ -3,6 +3,7 @@
 Shape legend: B clips, N time steps, L patches per time step, K kept tokens, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,13 @@ class Selection:
             raise ValueError(f"clips keep different numbers of tokens: {self.lengths}")
         return self.index.view(len(self.lengths), -1)
 
+    def cells(self, num_cells: int) -> Tensor:
+        """The index as int64 (sum of lengths,) among the cells of all clips, `num_cells` each."""
+        lengths = torch.tensor(self.lengths)
+        first_B = torch.arange(len(self.lengths)) * num_cells
+        first_S = first_B.repeat_interleave(lengths).to(self.index.device, non_blocking=True)
+        return self.index + first_S
+
     def __repr__(self) -> str:
         return f"Selection(clips={len(self.lengths)}, lengths={self.lengths})"
 
@@ -42,26 +50,33 @@ def check_budget(budget: int | None) -> None:
 
 
 @torch.no_grad()
-def take(score_BNL: Tensor, mask_BNL: Tensor | None = None, budget: int | None = None) -> Selection:
+def take(
+    score_BNL: Tensor, mask_BNL: Tensor | None = None, budget: int | None = None, *,
+    available: Sequence[int] | None = None,
+) -> Selection:  # fmt: skip
     """Keep the min(budget, unmasked) highest-scoring positions of each clip, exactly.
 
     score_BNL: finite floats, higher is kept first; of equal scores the earlier position.
     mask_BNL: bool, True where a token may be kept (what a filter left); None means everywhere.
     budget: tokens per clip, 1 or more (ValueError otherwise); None keeps all that are unmasked.
+    available: unmasked tokens per clip where they are known, which spares waiting for the device.
     """
     check_budget(budget)
     score = score_BNL.flatten(1)
     b, n = score.shape
     if mask_BNL is None:
         available = [n] * b
-    else:
-        mask = mask_BNL.flatten(1)
-        available = mask.sum(1).tolist()
-        score = score.masked_fill(~mask, float("-inf"))
+    elif available is None:
+        available = mask_BNL.flatten(1).sum(1).tolist()
     lengths = tuple(have if budget is None else min(budget, have) for have in available)
     if all(length == n for length in lengths):
         everything = torch.arange(n, device=score.device)
         return Selection(everything.repeat(b), lengths)
+    if mask_BNL is not None:
+        mask = mask_BNL.flatten(1)
+        if lengths == tuple(available):  # all that are unmasked, however they score
+            return Selection(torch.nonzero_static(mask, size=sum(lengths))[:, 1], lengths)
+        score = score.masked_fill(~mask, float("-inf"))
     order_BN = score.argsort(dim=1, descending=True, stable=True)
     if len(set(lengths)) == 1:
         return Selection(order_BN[:, : lengths[0]].sort(dim=1).values.flatten(), lengths)

@@ -47,17 +47,15 @@ class PatchEmbedding(nn.Module):
     """Tubelets to patch vectors, with a norm before and after (dual patch norm).
 
     FluxViT (arXiv 2503.14237), modules "DPN": RMSNorm over the pixel values of a patch, a linear
-    map to the width, RMSNorm over the width. (B, T, H, W, 3) -> (B, N, L, D).
+    map to the width, RMSNorm over the width. Pixel vectors (..., P) -> (..., D).
     """
 
     def __init__(self, width: int, *, patch: int = 14, tubelet: int = 1) -> None:
         super().__init__()
-        self.patch, self.tubelet = patch, tubelet
         num_values = tubelet * patch * patch * 3
         self.norm_before = RMSNorm(num_values)
         self.proj = nn.Linear(num_values, width)
         self.norm = RMSNorm(width)
 
-    def forward(self, frames_BTHWC: Tensor) -> Tensor:
-        x_BNLP = tubelets(frames_BTHWC, patch=self.patch, tubelet=self.tubelet)
-        return self.norm(self.proj(self.norm_before(x_BNLP)))
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.norm(self.proj(self.norm_before(pixels)))

@@ -1,7 +1,7 @@
 """Distillation: tokens learn a teacher's features where they lie, the pooled vector their mean.
 
-Shape legend: V views (token budgets), B clips, K tokens kept, L tokens of a clip, P pooled width,
-W token width, C teacher channels.
+Shape legend: V views (token budgets), B clips, S tokens kept of all of them, L tokens of a clip,
+P pooled width, W token width, C teacher channels.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,16 @@ class Distillation(nn.Module):
         mean_BC = teacher_BLC.mean(1)
         losses = []
         for view in views:
-            at_BK1 = view.selection.index_BK[..., None]
-            kept_BKC = torch.gather(teacher_BLC, 1, at_BK1.expand(-1, -1, teacher_BLC.shape[-1]))
-            token_BK = F.cosine_similarity(self.token_head(view.tokens_BKW), kept_BKC, dim=-1)
+            cells_S = view.selection.cells(teacher_BLC.shape[1])
+            kept_SC = teacher_BLC.flatten(0, 1).index_select(0, cells_S)
+            token_S = F.cosine_similarity(self.token_head(view.tokens_SW), kept_SC, dim=-1)
+            token_B = _mean_per_clip(token_S, view.selection.lengths)
             pooled_B = F.cosine_similarity(self.pooled_head(view.pooled_BP), mean_BC, dim=-1)
-            losses.append(2 - token_BK.mean(1) - pooled_B)
+            losses.append(2 - token_B - pooled_B)
         return torch.stack(losses).mean(0)
+
+
+def _mean_per_clip(x_S: Tensor, lengths: Sequence[int]) -> Tensor:
+    if len(set(lengths)) == 1:
+        return x_S.view(len(lengths), -1).mean(1)
+    return torch.stack([part.mean() for part in x_S.split(list(lengths))])

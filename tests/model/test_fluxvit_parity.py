@@ -36,21 +36,19 @@ def frames_of(case: dict[str, Any]) -> torch.Tensor:
 
 
 def pooled_of(model: FluxViTClassifier, case: dict[str, Any], keep: Any) -> torch.Tensor:
-    side = case["side"] // 14
     patches = model.tower.embed(frames_of(case))
-    selection = None
+    selection = model.tower.select(patches, None)
     if keep is not None:
         index = torch.from_numpy(keep).long()
         selection = Selection(index.flatten(), (index.shape[1],) * len(index))
-    return model.tower.encode(
-        patches, rows=side, columns=side, selection=selection, projector=case["head"]
-    )
+    encoded = model.tower.encode(patches, selection)
+    return model.tower.pool(encoded, projector=case["head"])
 
 
 @pytest.mark.parametrize(("i", "case"), CASES)
 @torch.no_grad()
 def test_patch_embedding(model: FluxViTClassifier, i: int, case: dict[str, Any]) -> None:
-    mean = model.tower.embed(frames_of(case)).mean(-1).numpy()
+    mean = model.tower.embed(frames_of(case)).vectors.mean(-1).numpy()
     np.testing.assert_allclose(mean, GOLDEN[f"case{i}/patch_mean_last"], **TOLERANCE)
 
 
@@ -79,13 +77,13 @@ def test_selection_with_official_rounding(
     model: FluxViTClassifier, i: int, case: dict[str, Any]
 ) -> None:
     patches = model.tower.embed(frames_of(case))
-    _, num_steps, length, _ = patches.shape
+    _, num_steps, length, _ = patches.vectors.shape
     kept = group_dynamic.official_budget(case["budget"], num_steps, length)
     assert kept == case["kept"]
     ours = model.tower.select(patches, kept).index_BK.numpy()
     # the official sort is unstable and some scores are equal by construction, so the scores of
     # what is kept are compared, and the positions wherever the score is not that of the cut
-    change = dynamics(patches)
+    change = dynamics(patches.vectors)
     sizes = group_dynamic.group_sizes(num_steps)
     for clip, (mine, theirs) in enumerate(zip(ours, GOLDEN[f"case{i}/keep"], strict=True)):
         np.testing.assert_allclose(

@@ -28,16 +28,17 @@ def test_tubelets_hold_the_pixels_of_their_place(tubelet: int, num_frames: int) 
 
 def test_sides_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="30 x 28 pixels"):
-        PatchEmbedding(16)(torch.zeros(1, 1, 30, 28, 3))
+        tubelets(torch.zeros(1, 1, 30, 28, 3), patch=14)
     with pytest.raises(ValueError, match="at least one frame"):
-        PatchEmbedding(16)(torch.zeros(1, 0, 28, 28, 3))
+        tubelets(torch.zeros(1, 0, 28, 28, 3), patch=14)
 
 
 def test_patch_vectors_ignore_brightness_scale() -> None:
     """The norm before the projection: a patch times a constant is the same patch."""
     embed = PatchEmbedding(32)
     frames = torch.randn(1, 2, 28, 28, 3)
-    torch.testing.assert_close(embed(frames), embed(3 * frames), atol=1e-5, rtol=1e-4)
+    x_BNLP = tubelets(frames, patch=14)
+    torch.testing.assert_close(embed(x_BNLP), embed(3 * x_BNLP), atol=1e-5, rtol=1e-4)
 
 
 def test_positions_at_the_table_s_own_grid_are_the_table() -> None:

@@ -22,9 +22,7 @@ from fluxclip.training.loop import dataset, train
 
 def view(tokens_BKW: Tensor, pooled_BP: Tensor, score_B1L: Tensor, budget: int) -> View:
     selection = take(score_B1L, budget=budget)
-    kept = torch.gather(
-        tokens_BKW, 1, selection.index_BK[..., None].expand(-1, -1, tokens_BKW.shape[-1])
-    )
+    kept = tokens_BKW.flatten(0, 1)[selection.cells(tokens_BKW.shape[1])]
     return View(pooled_BP, pooled_BP, kept, selection)
 
 
