@@ -124,6 +124,25 @@ class Embedder:
         return self.device.type
 
     @property
+    def filter(self) -> str | None:
+        """What leaves out tokens by the pixels, with its settings; None if nothing does."""
+        return self.model.filter if isinstance(self.model, FluxCLIP) else None
+
+    def clip_costs(
+        self, clips: Sequence[Clip], *, token_budget: int | None = None
+    ) -> list[tuple[int, int]]:
+        """(tokens, multiply-accumulates) of the video tower for each clip, filter applied."""
+        if not isinstance(self.model, FluxCLIP):
+            raise ValueError(f"the tokens of {self.name!r} do not depend on the clip")
+        num_frames, side = self.grid(token_budget)
+        settings, costs = self.model.preprocess, []
+        for clip in clips:
+            frames = fit_clip(clip, num_frames, side, self.fit)[None].to(self.device)
+            x_1THWC = to_float(frames, mean=settings.mean, std=settings.std)
+            costs += self.model.clip_costs(x_1THWC, token_budget)
+        return costs
+
+    @property
     def scorer(self) -> str | None:
         """What chooses the tokens that a budget keeps; None if whole frames are dropped."""
         return self.model.scorer if isinstance(self.model, FluxCLIP) else None
@@ -227,10 +246,14 @@ def load_model(source: str | Path, *, device: str | None = None) -> Embedder:
 
     source: a model folder or a run folder (its best model), `hf://org/name` or
     `hf://org/name@revision`, `open_clip:NAME/TAG` or `open_clip:NAME/FILE`, or the name of a model
-    that ships with fluxclip.
+    that ships with fluxclip. After a "?" may follow how the video tower chooses tokens, where it
+    is not to be as stored: "emoji-tiny?filter=run_length,threshold=0.05" or "?scorer=uniform"; what
+    is no setting of the tower (filter, scorer, pool_by_length) is one of the filter.
     Raises ValueError or FileNotFoundError in one line that says what is known.
     """
-    text = str(source)
+    text, _, changes = str(source).partition("?")
+    if changes and text.startswith("open_clip:"):
+        raise ValueError(f"{source}: a model of open_clip drops whole frames, not tokens")
     if text.startswith("open_clip:"):
         name, _, pretrained = text.removeprefix("open_clip:").partition("/")
         if not pretrained:
@@ -244,8 +267,31 @@ def load_model(source: str | Path, *, device: str | None = None) -> Embedder:
         )
     from fluxclip.model import weights
 
-    folder, name, source = find_folder(text)
-    return Embedder(weights.load(folder), name=name, source=source, device=device)
+    folder, name, found = find_folder(text)
+    suffix = f"?{changes}" if changes else ""
+    model = weights.load(folder, video=_tower_settings(changes))
+    return Embedder(model, name=name + suffix, source=found + suffix, device=device)
+
+
+def _tower_settings(text: str) -> dict[str, Any]:
+    """Settings of the video tower from "key=value,key=value"."""
+    video: dict[str, Any] = {}
+    for change in filter(None, text.split(",")):
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise ValueError(f"what follows the ? of a model is key=value, got {change!r}")
+        if key in ("filter", "scorer"):
+            video[key] = value
+        elif key == "pool_by_length":
+            if value not in ("true", "false"):
+                raise ValueError(f"pool_by_length is true or false, got {value!r}")
+            video[key] = value == "true"
+        else:
+            number = value.removeprefix("-").replace(".", "", 1).isdecimal()
+            video.setdefault("filter_settings", {})[key] = float(value) if number else value
+    if "filter" in video:  # another filter has settings of its own
+        video.setdefault("filter_settings", {})
+    return video
 
 
 def find_folder(source: str) -> tuple[Path, str, str]:

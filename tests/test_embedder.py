@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluxclip import Embedder
+from fluxclip import Embedder, load_model
 from fluxclip.model import weights
 from fluxclip.model.presets import FluxCLIPConfig, preset
 from fluxclip.tokens.budget import GridTable
@@ -95,3 +95,41 @@ def test_mistakes_are_named(model: Embedder, files: list[Path], tmp_path: Path) 
     fake.write_text("not a video")
     with pytest.raises(VideoError, match=r"fake\.mp4"):
         model.embed_video([fake, *files])
+
+
+@pytest.mark.parametrize("changes", ["filter=run_length", "filter=run_length,pool_by_length=true"])
+def test_a_filter_is_asked_for_after_the_name(emoji: Path, files: list[Path], changes: str) -> None:
+    plain, filtered = load_model("emoji-tiny"), load_model(f"emoji-tiny?{changes}")
+    assert filtered.fingerprint != plain.fingerprint
+    assert filtered.name == filtered.source == f"emoji-tiny?{changes}"
+    assert (filtered.filter, plain.filter) == ("run_length()", None)
+    still = emoji / "stills" / "00a9-fe0f.webp"
+    mixed = [files[0], still, *files[1:]]
+    together = filtered.embed_video(mixed)
+    for i, path in enumerate(mixed):
+        np.testing.assert_allclose(filtered.embed_video([path])[0], together[i], atol=1e-5)
+    num_frames, side = filtered.grid()
+    clips = [read_clip(path, num_frames=num_frames, side=side) for path in files]
+    costs = filtered.clip_costs(clips)
+    every = filtered.num_tokens(num_frames, side)
+    assert all(every // num_frames <= tokens <= every for tokens, _ in costs)
+    assert min(tokens for tokens, _ in costs) < every
+    assert all(macs <= plain.macs(num_frames, side) for _, macs in costs)
+    # a threshold of nothing keeps all that differs at all
+    strict = load_model("emoji-tiny?filter=run_length,threshold=0")
+    kept = [tokens for tokens, _ in strict.clip_costs(clips)]
+    assert all(a >= b for a, (b, _) in zip(kept, costs, strict=True))
+
+
+def test_mistakes_after_the_name_are_named() -> None:
+    for source, message in (
+        ("emoji-tiny?filter", "key=value, got 'filter'"),
+        ("emoji-tiny?filter=runlength", "unknown filter 'runlength'.*run_length"),
+        ("emoji-tiny?scorer=best", "unknown scorer 'best'"),
+        ("emoji-tiny?filter=run_length,treshold=1", "did you mean 'threshold'"),
+        ("emoji-tiny?threshold=0.1", "need a filter"),
+        ("emoji-tiny?pool_by_length=1", "true or false, got '1'"),
+        ("open_clip:ViT-B-32/x?filter=run_length", "drops whole frames"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model(source)

@@ -36,7 +36,8 @@ _TEXTS_AT_ONCE = 1024
 class EvaluatedModel(Protocol):
     """The members of an embedder that evaluation uses.
 
-    `fit`, `macs`, `scorer`, `text_limit` and `are_cut` too where it has them.
+    `fit`, `macs`, `scorer`, `filter`, `clip_costs`, `text_limit` and `are_cut` too where it has
+    them.
     """
 
     name: str
@@ -59,12 +60,14 @@ class Embedded:
 
     `decode_s` and `embed_s` are added up over processes and over the runs that filled the cache.
     The rows of videos that cannot be read, by their index in `broken` with the reason, are zero.
+    costs_N2: tokens and multiply-accumulates of each video, where a filter makes them differ.
     """
 
     vectors_ND: Vectors
     decode_s: float = 0.0
     embed_s: float = 0.0
     broken: dict[int, str] = field(default_factory=dict)
+    costs_N2: npt.NDArray[np.float64] | None = None
 
 
 @dataclass
@@ -76,6 +79,7 @@ class _Batch:
     decode_s: float
     embed_s: float
     broken: dict[int, str]  # by the row in this batch
+    costs: npt.NDArray[np.float64] | None = None
 
 
 def embed_videos(
@@ -233,8 +237,9 @@ def _embed(
     broken = {row: views for row, views in enumerate(clips) if isinstance(views, str)}
     read = [(row, own) for row, own in enumerate(clips) if not isinstance(own, str)]
     views = [(row, clip) for row, own in read for clip in own]
+    costs = np.zeros((len(paths), 2)) if getattr(model, "filter", None) else None
     if not views:
-        return _Batch(start, vectors, decode_s, 0.0, broken)
+        return _Batch(start, vectors, decode_s, 0.0, broken, costs)
     if not is_warm:  # the first call of a kind pays for set-up: not timed
         model.embed_video([views[0][1]], token_budget=budget)
     begun = time.perf_counter()
@@ -247,7 +252,11 @@ def _embed(
         np.add.at(vectors, [row for row, _ in views], of_views)
         rows = [row for row, _ in read]
         vectors[rows] /= np.linalg.norm(vectors[rows], axis=1, keepdims=True)
-    return _Batch(start, vectors, decode_s, embed_s, broken)
+    if costs is not None:
+        of_clips = model.clip_costs([clip for _, clip in views], token_budget=budget)  # type: ignore[attr-defined]
+        share = [1 / len(clips[row]) for row, _ in views]
+        np.add.at(costs, [row for row, _ in views], np.array(of_clips) * np.array(share)[:, None])
+    return _Batch(start, vectors, decode_s, embed_s, broken, costs)
 
 
 def _require_unit(vectors: Vectors, names: Sequence[str], model: EvaluatedModel) -> None:
@@ -273,6 +282,10 @@ def _joined(of_ranks: Sequence[Sequence[_Batch]], num_rows: int, dim: int) -> Em
         whole.vectors_ND[rows] = batch.vectors
         whole.decode_s += batch.decode_s
         whole.embed_s += batch.embed_s
+        if batch.costs is not None:
+            if whole.costs_N2 is None:
+                whole.costs_N2 = np.zeros((num_rows, 2))
+            whole.costs_N2[rows] = batch.costs
         whole.broken |= {batch.start + row: reason for row, reason in batch.broken.items()}
     if (seen != 1).any():
         row = int(np.argmax(seen != 1))
@@ -309,7 +322,10 @@ def _load(file: Path | None, start: int) -> _Batch | None:
         with np.load(file, allow_pickle=False) as held:
             broken = {int(row): reason for row, reason in json.loads(str(held["broken"])).items()}
             decode_s, embed_s = held["seconds"].tolist()
-            return _Batch(start, held["vectors"], decode_s, embed_s, broken)
+            costs = held["costs"]  # empty without a filter
+            return _Batch(
+                start, held["vectors"], decode_s, embed_s, broken, costs if len(costs) else None
+            )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
@@ -324,6 +340,7 @@ def _save(file: Path | None, batch: _Batch) -> None:
         np.savez(
             stream,
             vectors=batch.vectors,
+            costs=np.empty((0, 2)) if batch.costs is None else batch.costs,
             seconds=np.array([batch.decode_s, batch.embed_s]),
             broken=np.array(json.dumps(batch.broken)),
         )

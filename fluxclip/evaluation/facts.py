@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
+
 from fluxclip.evaluation.embeddings import Embedded, EvaluatedModel
 from fluxclip.evaluation.protocols import Videos
 from fluxclip.evaluation.record import DataFacts, ModelFacts, TextFacts
@@ -80,14 +82,22 @@ def cost(model: EvaluatedModel, budget: int | None, embedded: Embedded) -> dict[
     """The fields of `record.Cost`."""
     num_frames, side = model.grid(budget)
     grid_tokens = model.num_tokens(num_frames, side)
-    macs = getattr(model, "macs", None)
+    macs_of = getattr(model, "macs", None)
+    macs = None if macs_of is None else macs_of(num_frames, side, budget)
+    num_tokens = grid_tokens if budget is None else min(budget, grid_tokens)
+    tokens_of_clips = None
+    if embedded.costs_N2 is not None:
+        of_read = np.delete(embedded.costs_N2, list(embedded.broken), axis=0)
+        tokens_of_clips = of_read[:, 0].round().astype(int).tolist()
+        num_tokens, macs = of_read.mean(0).round().astype(int).tolist()
     return {
         "token_budget": budget,
-        "num_tokens": grid_tokens if budget is None else min(budget, grid_tokens),
+        "num_tokens": num_tokens,
+        "tokens_of_clips": tokens_of_clips,
         "grid_tokens": grid_tokens,
         "num_frames": num_frames,
         "side": side,
-        "macs": None if macs is None else macs(num_frames, side, budget),
+        "macs": macs,
         "decode_s": embedded.decode_s,
         "embed_s": embedded.embed_s,
     }

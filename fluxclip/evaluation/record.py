@@ -115,13 +115,16 @@ class Cost(_Facts):
 
     `num_tokens` enter the tower of the `grid_tokens` that the grid has (a clip with fewer frames
     has fewer). `macs` are multiply-accumulates of the video tower per clip, embedding of dropped
-    tokens included, None if the model does not say; papers often call them FLOPs. `decode_s` (a
-    thread per core) and `embed_s` are seconds for the whole set, added up over the processes that
-    shared the work and over the runs that it took; budgets that share a grid share its decoding.
+    tokens included, None if the model does not say; papers often call them FLOPs. Where a filter
+    lets clips differ, `tokens_of_clips` has those of each, and `num_tokens` and `macs` are means.
+    `decode_s` (a thread per core) and `embed_s` are seconds for the whole set, added up over the
+    processes that shared the work and over the runs that it took; budgets that share a grid share
+    its decoding.
     """
 
     token_budget: int | None
     num_tokens: int
+    tokens_of_clips: list[int] | None = None
     grid_tokens: int
     num_frames: int
     side: int

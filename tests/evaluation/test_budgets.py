@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from colour_embedder import ColourEmbedder
 
+from fluxclip import load_model
 from fluxclip.evaluation.budgets import evaluate
 from fluxclip.evaluation.protocols import RetrievalTask
 from fluxclip.evaluation.protocols.annotations import read
@@ -186,3 +187,23 @@ def test_settings_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(ColourEmbedder(), hearts, **arguments)
+
+
+def test_a_filter_s_cost_is_that_of_each_clip(hearts: RetrievalTask, tmp_path: Path) -> None:
+    model = load_model("emoji-tiny?filter=run_length")
+    first = evaluate(model, hearts, budgets=[None, 40], cache=tmp_path)
+    again = evaluate(model, hearts, budgets=[None, 40], cache=tmp_path)
+    assert first.model.filter == "run_length()"
+    clips = {
+        result.token_budget: [
+            read_clip(path, num_frames=result.num_frames, side=result.side, fit="crop")
+            for path in hearts.videos
+        ]
+        for result in first.results
+    }
+    for a, b in zip(first.results, again.results, strict=True):
+        costs = model.clip_costs(clips[a.token_budget], token_budget=a.token_budget)
+        assert a.tokens_of_clips == b.tokens_of_clips == [tokens for tokens, _ in costs]
+        assert a.num_tokens == b.num_tokens == round(np.mean(a.tokens_of_clips))
+        assert a.macs == b.macs == round(np.mean([macs for _, macs in costs]))
+    assert first.results[0].num_tokens < first.results[0].grid_tokens
