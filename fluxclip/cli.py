@@ -6,6 +6,7 @@ Heavy imports are inside the verbs, so that `fluxclip --help` answers at once.
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fluxclip.model.checkpoints.files import Converted
     from retrieval import AddReport
 
 app = typer.Typer(
@@ -30,11 +32,21 @@ index_app = typer.Typer(help="Build and keep a collection of videos.", no_args_i
 app.add_typer(index_app, name="index")
 eval_app = typer.Typer(invoke_without_command=True)
 app.add_typer(eval_app, name="eval")
+tokenizer_app = typer.Typer(
+    help="Make the vocabulary of a text encoder that is trained from scratch.",
+    no_args_is_help=True,
+)
+app.add_typer(tokenizer_app, name="tokenizer")
+convert_app = typer.Typer(
+    help="Make a model folder of weights that others have published.", no_args_is_help=True
+)
+app.add_typer(convert_app, name="convert")
 
 _MODEL_HELP = "folder, run folder, shipped name, hf:// or open_clip:"
 Model = Annotated[str, typer.Option(help=_MODEL_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per line")]
 Captions = Literal["first", "all", "joined"]
+NewFolder = Annotated[Path, typer.Option("--output", help="a folder that does not exist yet")]
 
 
 def main() -> None:
@@ -119,6 +131,31 @@ def train(
     settings = recipes.read(recipe, set or ())
     folder = train(settings, resume=resume, console=_console("stderr"), command=command)
     print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    captions: Annotated[
+        list[Path], typer.Argument(help="annotation files (.json), or texts with a caption a line")
+    ],
+    output: Annotated[Path, typer.Option(help="new folder: text.source of a recipe")],
+    vocabulary: Annotated[int, typer.Option(min=1, help="pieces, 256 bytes among them")] = 8000,
+    width: Annotated[int, typer.Option(min=1, help="of the encoder that is trained over it")] = 256,
+    depth: Annotated[int, typer.Option(min=1, help="its blocks")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="its attention heads")] = 4,
+) -> None:
+    """Learn a SentencePiece vocabulary from captions in any language.
+
+    A recipe names the folder in its section [text]: encoder = "sentencepiece_transformer", source =
+    FOLDER, weights = "stored".
+    """
+    from fluxclip.text import tokenizer
+
+    tokenizer.refuse_existing(output)
+    size = tokenizer.EncoderSize(width=width, depth=depth, heads=heads)
+    texts = [caption for path in captions for caption in _captions_in(path)]
+    tokenizer.write(output, tokenizer.train(texts, pieces=vocabulary), size)
+    print(f"{output}: {vocabulary} pieces learned from {len(texts)} captions")
 
 
 @eval_app.callback()
@@ -288,6 +325,160 @@ def export(
         f"the model's own vectors {made['lowest_cosine']} or more, {made['mean_cosine']} on "
         f"average of {made['captions']} captions"
     )
+
+
+@app.command()
+def grids(
+    model: Annotated[str, typer.Argument(help="as --model of other verbs; open_clip has no grids")],
+    annotations: Annotated[Path, typer.Option(help="validation data, never a test set")],
+    budgets: Annotated[str, typer.Option(help="token budgets, as in 512,128,32")],
+    frames: Annotated[
+        str | None, typer.Option(help="to try: first,last,stride, as in 2,8,2")
+    ] = None,
+    sides: Annotated[
+        str | None, typer.Option(help="to try, in pixels: first,last,stride, as in 56,112,14")
+    ] = None,
+    captions: Annotated[Captions, typer.Option(help="as in eval")] = "first",
+    output: Annotated[
+        Path | None, typer.Option(help="write a copy of the model there instead of changing it")
+    ] = None,
+) -> None:
+    """Choose the grid of each token budget by validation loss, and store the table with the model.
+
+    Without --frames and --sides the twelve grids nearest to twice the budget are tried, up to the
+    model's position table; with them all of theirs. What the model uses now is always among them.
+    """
+    from dataclasses import replace
+
+    from fluxclip import distributed, load_model
+    from fluxclip.embedder import find_folder
+    from fluxclip.evaluation import token_optimization
+    from fluxclip.evaluation.protocols.annotations import read
+    from fluxclip.model import weights
+    from fluxclip.tokens.budget import candidate_grids
+
+    wanted = [budget for budget in _budgets(budgets) if budget is not None]
+    if len(wanted) != budgets.count(",") + 1:
+        raise ValueError("--budgets of grids takes token counts; all has the model's default grid")
+    folder, _, _ = find_folder(model)
+    target = _to_rewrite(folder, model) if output is None else _new_folder(output)
+    config = weights.read_config(folder)
+    v = config.video
+    of_table = {"frames": (v.tubelet, v.table_frames, v.tubelet),
+                "sides": (min(2 * v.patch, v.table_side), v.table_side, v.patch)}  # fmt: skip
+    given = {"frames": frames, "sides": sides}
+    bounds = {
+        name: of_table[name] if text is None else _bounds(text, f"--{name}")
+        for name, text in given.items()
+    }
+    candidates = {}
+    for budget in wanted:
+        found = candidate_grids(
+            budget, **bounds, patch=v.patch, tubelet=v.tubelet,
+            at_most=12 if frames is None and sides is None else None,
+        )  # fmt: skip
+        if not found:
+            ranges = " and ".join(f"{name} {list(b)}" for name, b in bounds.items())
+            raise ValueError(
+                f"no grid of {ranges} has {budget} tokens: give a smaller budget, or larger "
+                f"--frames and --sides"
+            )
+        candidates[budget] = sorted({*found, config.grids.grid(budget)})
+    task = read(annotations, captions=captions)
+    with distributed.together(), _progress("embed") as advance:
+        embedder = load_model(model, device=distributed.device())
+        search = token_optimization.optimize(embedder, task, candidates, on_progress=advance)
+    if distributed.rank() > 0:
+        return
+    if output is not None:
+        shutil.copytree(folder, output)
+    # first what the table was chosen on: no table without it
+    token_optimization.save(search, target)
+    weights.write_config(replace(config, grids=config.grids.with_rows(search.rows)), target)
+    token_optimization.print_trials(search, _console("stdout"))
+    print(f"table: {target / 'config.json'}\ntrials: {target / token_optimization.FILE}")
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="a model folder, run folder or shipped name")],
+    name: Annotated[str, typer.Argument(help="org/name on the hub")],
+    private: Annotated[bool, typer.Option("--private", help="if the repository is new")] = False,
+) -> None:
+    """Upload a model folder, with its card, to the Hugging Face hub; hf://org/name loads it."""
+    from fluxclip.embedder import find_folder
+    from fluxclip.model import hub
+
+    folder, _, _ = find_folder(model)
+    address = hub.push(folder, name, private=private)
+    print(f"{folder} is hf://{name} now: {address}")
+
+
+@convert_app.command("internvideo2-clip")
+def convert_internvideo2_clip(
+    output: NewFolder,
+    complete: Annotated[Path | None, typer.Option(help="one file with everything")] = None,
+    base: Annotated[
+        list[Path] | None,
+        typer.Option(help="vision base; of several the one that belongs is taken"),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="MobileCLIP's file")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="clip/X/pytorch_model.bin")] = None,
+    gelu: Annotated[
+        Literal["tanh", "erf"] | None, typer.Option(help="erf if complete, else tanh")
+    ] = None,
+) -> None:
+    """InternVideo2-CLIP S/14, B/14, L/14: from --complete, or --base, --text and --overlay."""
+    from fluxclip.model.checkpoints.internvideo2_clip import from_internvideo2_clip
+
+    _new_folder(output)
+    made = from_internvideo2_clip(
+        complete=complete, bases=base or [], text=text, overlay=overlay, gelu=gelu
+    )
+    _write_converted(made, output)
+
+
+@convert_app.command("fluxvit")
+def convert_fluxvit(
+    checkpoint: Annotated[Path, typer.Argument(help="an official FluxViT-S or -B checkpoint")],
+    output: NewFolder,
+    projector: Annotated[
+        int | None, typer.Option(help="keep that of 3072, 2048 or 1024 tokens alone")
+    ] = None,
+    gelu: Annotated[Literal["tanh", "erf"], typer.Option(help="of the training")] = "tanh",
+) -> None:
+    """FluxViT's video tower, to be trained on: it comes without a text tower of its own."""
+    from fluxclip.model.checkpoints.fluxvit import as_fluxclip
+
+    _new_folder(output)
+    _write_converted(as_fluxclip(checkpoint, gelu=gelu, projector=projector), output)
+
+
+@convert_app.command("open-clip")
+def convert_open_clip(
+    model: Annotated[
+        str, typer.Argument(help="NAME/TAG or NAME/FILE, as in ViT-B-16/laion2b_s34b_b88k")
+    ],
+    output: NewFolder,
+    frames: Annotated[int, typer.Option(min=1, help="of the position table and by default")] = 8,
+) -> None:
+    """A ViT of open_clip as a video tower that attends over all frames at once."""
+    from fluxclip.model.checkpoints.open_clip import from_open_clip
+
+    _new_folder(output)
+    name, _, pretrained = model.partition("/")
+    if not pretrained:
+        raise ValueError(f"{model!r} names no weights: NAME/TAG or NAME/FILE")
+    _write_converted(from_open_clip(name, pretrained, num_frames=frames), output)
+
+
+def _write_converted(made: "Converted", output: Path) -> None:
+    from fluxclip.model import weights
+    from fluxclip.model.checkpoints.files import card
+
+    weights.save(made.model, output, card=card(output.name, made.report))
+    print("\n".join([made.report.about, *made.report.lines()]))
+    print(f"model folder: {output}")
 
 
 @index_app.command("create")
@@ -483,6 +674,44 @@ def _budgets(text: str) -> list[int | None]:
         else:
             raise ValueError(f"--budgets takes token counts of 1 or more, or all, got {word!r}")
     return budgets
+
+
+def _captions_in(path: Path) -> list[str]:
+    """Every caption of an annotation file; of another file, every line that is not blank."""
+    if path.suffix == ".json":
+        from fluxclip.data.sources import annotations
+
+        records = annotations.read(path, check_files=False)
+        return [caption for record in records for caption in record.captions]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text with a caption on each line") from error
+    return [line for line in lines if line.strip()]
+
+
+def _bounds(text: str, option: str) -> tuple[int, int, int]:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{option} takes first,last,stride, as in 2,8,2, got {text!r}")
+    first, last, stride = map(int, parts)
+    return first, last, stride
+
+
+def _to_rewrite(folder: Path, model: str) -> Path:
+    """The model folder itself, unless it is not the user's to change."""
+    from fluxclip.embedder import shipped_models
+
+    shipped = {path.resolve() for path in shipped_models().values()}
+    if model.startswith("hf://") or folder.resolve() in shipped:
+        raise ValueError(f"{model} is not changed in place: write a copy with --output FOLDER")
+    return folder
+
+
+def _new_folder(folder: Path) -> Path:
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: choose another --output")
+    return folder
 
 
 def _key_values(pairs: list[str], option: str) -> dict[str, str | int | float | bool]:

@@ -230,6 +230,8 @@ def fingerprint(model: FluxCLIP | FrameAverage) -> str:
         for section, name in (("text", "source"), ("text", "weights"), ("video", "drop_path")):
             described.get(section, {}).pop(name, None)
         described["pooling"] = getattr(model.text, "pooling", None)
+        for name, content in model.text.files().items():  # a vocabulary
+            described[name] = hashlib.sha256(content).hexdigest()
     else:
         described |= {"architecture": model.architecture, "preprocess": model.preprocess}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxclip import cli
+from fluxclip import cli, load_model
+from fluxclip.text.encoder import load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -221,6 +223,121 @@ def test_eval_writes_record_table_and_plot(emoji: Path, tmp_path: Path) -> None:
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_grids_are_chosen_by_validation_loss_and_used(emoji: Path, tmp_path: Path) -> None:
+    shipped = emoji.parent / "models" / "emoji-tiny"
+    folder = shutil.copytree(shipped, tmp_path / "run" / "best")
+    config = json.loads((folder / "config.json").read_text())
+    config["grids"]["rows"] = [[144, 4, 84], [18, 1, 28]]  # four tokens: anything else is better
+    (folder / "config.json").write_text(json.dumps(config))
+    records = json.loads((emoji / "val.json").read_text())[:6]
+    for record in records:
+        record["video"] = str(emoji / record["video"])
+    data = tmp_path / "six.json"
+    data.write_text(json.dumps(records))
+    command = ("grids", tmp_path / "run", "--annotations", data, "--budgets", "18",
+               "--frames", "2,4,2", "--sides", "84,84,14")  # fmt: skip
+    copied = fluxclip(*command, "--output", tmp_path / "copy")
+    assert copied.returncode == 0, copied.stderr
+    assert json.loads((folder / "config.json").read_text()) == config
+    changed = json.loads((tmp_path / "copy" / "config.json").read_text())
+    [other, row] = changed["grids"]["rows"]
+    assert other == [144, 4, 84] and row in ([18, 2, 84], [18, 4, 84])
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "token_optimization.json"
+    }  # fmt: skip
+    assert copied.stdout.count(" 18 ") == 3 and copied.stdout.count("*") == 1
+
+    done = fluxclip(*command)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "config.json").read_text())["grids"] == changed["grids"]
+    trials = json.loads((folder / "token_optimization.json").read_text())
+    assert list(trials["files"]) == ["six.json"] and len(trials["trials"]) == 3
+    model, clips = load_model(tmp_path / "run"), [record["video"] for record in records]
+    grid = (row[1], row[2])
+    assert model.grid(18) == grid
+    np.testing.assert_array_equal(
+        model.embed_video(clips, token_budget=18),
+        model.embed_video(clips, token_budget=18, grid=grid),
+    )
+    assert not np.allclose(
+        model.embed_video(clips, token_budget=18),
+        model.embed_video(clips, token_budget=18, grid=(1, 28)),
+    )
+
+
+def test_mistakes_about_grids_and_the_hub(emoji: Path, tmp_path: Path) -> None:
+    val = emoji / "val.json"
+
+    def of(*more: object, model: object = "emoji-tiny", data: Path = val) -> str:
+        output = () if "--output" in more else ("--output", tmp_path / "copy")
+        return refused("grids", model, "--annotations", data, *output, *more)
+
+    assert "--budgets takes token counts of 1 or more" in of("--budgets", "36,0")
+    assert "all has the model's default grid" in of("--budgets", "all,36")
+    assert "no grid of frames [1, 8, 1] and sides [28, 112, 14] has 9999 tokens" in of(
+        "--budgets", 9999
+    )
+    small = ("--budgets", 36, "--frames", "1,1,1", "--sides", "14,14,14")
+    assert "no grid of frames [1, 1, 1] and sides [14, 14, 14] has 36 tokens" in of(*small)
+    assert "--frames takes first,last,stride" in of("--budgets", 36, "--frames", "2,4")
+    assert "sides must be multiples of the patch" in of("--budgets", 36, "--sides", "50,90,20")
+    assert "exists already" in of("--budgets", 36, "--output", tmp_path)
+    assert "unknown model 'emoji-huge'" in of("--budgets", 36, model="emoji-huge")
+    assert "not a model folder" in of("--budgets", 36, model="open_clip:ViT-B-32/x")
+    bare = tmp_path / "bare.json"
+    bare.write_text('[{"video": "a.mp4"}]')
+    assert "record 1 of 1" in of("--budgets", 36, data=bare)
+    in_place = ("--annotations", val, "--budgets", "36")
+    for model in ("emoji-tiny", emoji.parent / "models" / "emoji-tiny"):
+        assert "write a copy with --output" in refused("grids", model, *in_place)
+    assert not (tmp_path / "copy").exists()
+    assert "unknown model 'emoji-huge'" in refused("push", "emoji-huge", "a/b")
+    assert "'emoji' is no name on the hub: org/name" in refused("push", "emoji-tiny", "emoji")
+
+
+def test_convert_makes_a_folder_of_open_clip_s_weights(few: Path, tmp_path: Path) -> None:
+    import open_clip
+    import torch
+
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    images = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    config = tmp_path / "convert-from-cli.json"
+    config.write_text(json.dumps({"embed_dim": 24, "vision_cfg": images, "text_cfg": text}))
+    open_clip.add_model_config(config)
+    weights, folder = tmp_path / "weights.pt", tmp_path / "converted"
+    torch.save(open_clip.create_model(config.stem).state_dict(), weights)
+    source = f"{config.stem}/{weights}"
+    done = fluxclip("convert", "open-clip", source, "--frames", 4, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    assert f"model folder: {folder}" in done.stdout
+    assert "open_clip convert-from-cli: " in done.stdout
+    clip = next(iter(sorted(few.glob("*.mp4"))))
+    for budget in (None, 7):
+        budgets = () if budget is None else ("--token-budget", budget)
+        vectors = tmp_path / f"{budget}.npz"
+        done = fluxclip("embed", clip, "--model", folder, "--output", vectors, *budgets)
+        assert done.returncode == 0, done.stderr
+        assert np.load(vectors)["vectors"].shape == (1, 24)
+    assert "exists already" in refused("convert", "open-clip", source, "--output", folder)
+
+
+def test_mistakes_about_published_weights(tmp_path: Path) -> None:
+    def of(*arguments: object) -> str:
+        line = refused("convert", *arguments, "--output", tmp_path / "made")
+        assert not (tmp_path / "made").exists()
+        return line
+
+    overlay = tmp_path / "pytorch_model.bin"
+    overlay.write_bytes(b"no checkpoint")
+    assert "--base and --text missing" in of("internvideo2-clip", "--overlay", overlay)
+    assert "--base and --text and --overlay missing" in of("internvideo2-clip")
+    assert "would run code when loaded, or is damaged" in of("fluxvit", overlay)
+    assert "no such weights file" in of("fluxvit", tmp_path / "absent.pth")
+    assert "none for 512" in of("fluxvit", overlay, "--projector", 512)
+    assert "names no weights" in of("open-clip", "ViT-B-16")
+    assert "unknown open_clip model 'ViT-Z'" in of("open-clip", "ViT-Z/openai")
+
+
 def test_eval_names_the_class_of_clips(few: Path, tmp_path: Path) -> None:
     clips = sorted(few.glob("*.mp4"))[:2]
     for clip, name in zip(clips, ("v_JumpRope_g01_c01", "v_PlayingDaf_g01_c01"), strict=True):
@@ -266,6 +383,42 @@ def test_doctor_says_what_is_there() -> None:
     assert found["gpu"]
     assert found["onnxruntime"][0].isdecimal() and found["tokenizers"][0].isdecimal()
     assert str(Path.home()) not in str(found) and str(ROOT) not in str(found)
+
+
+def test_tokenizer_train_learns_from_annotations_and_lines(emoji: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "ru.txt"
+    lines.write_text("улыбающаяся собака\n\nкрасное сердце\n", encoding="utf-8")
+    output = tmp_path / "tokenizers" / "two"
+    sources = (emoji / "val.json", lines)
+    done = fluxclip("tokenizer", "train", *sources, "--output", output, "--vocabulary", 600,
+                    "--width", 64, "--depth", 2, "--heads", 2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    count = sum(len(record["caption"]) for record in json.loads(sources[0].read_text())) + 2
+    assert done.stdout == f"{output}: 600 pieces learned from {count} captions\n"
+    assert done.stderr == ""
+    encoder = load_encoder("sentencepiece_transformer", str(output), max_tokens=24)
+    assert encoder.width == 64
+    assert encoder.are_cut(["красное сердце"]) == [False]
+    assert "two already exists" in refused("tokenizer", "train", lines, "--output", output)
+
+
+def test_mistakes_about_tokenizers(emoji: Path, tmp_path: Path) -> None:
+    def train(source: Path, *options: object) -> str:
+        message = refused("tokenizer", "train", source, "--output", tmp_path / "new", *options)
+        assert not (tmp_path / "new").exists()
+        return message
+
+    captions = emoji / "val.json"
+    assert re.search(r"too few captions \(100\) for .* 8000 pieces: \d+ works", train(captions))
+    assert "width 10 must be divisible by heads, 4" in train(captions, "--width", 10)
+    assert "Invalid value for '--heads'" in train(captions, "--heads", 0)
+    assert re.search("9 pieces is too small .*: 3[0-9]+ works", train(captions, "--vocabulary", 9))
+    assert "none.txt" in train(tmp_path / "none.txt")
+    assert "annotation file" in train(tmp_path / "none.json")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert "is not UTF-8 text with a caption on each line" in train(tmp_path / "latin.txt")
+    (tmp_path / "empty.txt").touch()
+    assert "learned from captions, and there is none" in train(tmp_path / "empty.txt")
 
 
 def test_mistakes_about_models(few: Path, tmp_path: Path, assets: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fluxclip import load_model
+from fluxclip.model.attention import Segments, attend
 
 
 @pytest.fixture
@@ -28,3 +29,33 @@ def test_vectors_agree_with_the_cpu_s(gpu: str, emoji: Path, budget: int | None)
     np.testing.assert_allclose(a, b, atol=2e-3)
     texts = ["a cat", "a rocket"]
     np.testing.assert_allclose(on_cpu.embed_text(texts), on_gpu.embed_text(texts), atol=2e-3)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_packed_attention_agrees_with_clip_by_clip(
+    gpu: str, dtype: torch.dtype, atol: float
+) -> None:
+    """bf16 goes through the variable-length kernel, fp32 through one kernel per length."""
+    lengths, heads = (40, 40, 7, 300, 1), 4
+    drawn = torch.Generator(gpu).manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(lengths), 256, device=gpu, dtype=dtype, generator=drawn).requires_grad_()
+        for _ in range(3)
+    )
+    out = attend(q, k, v, heads=heads, segments=Segments(lengths, gpu))
+    weight = torch.randn_like(out)
+    ours = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    parts = [x.split(lengths) for x in (q, k, v)]
+    expected = torch.cat(
+        [attend(*(x[i][None] for x in parts), heads=heads)[0] for i in range(len(lengths))]
+    )
+    torch.testing.assert_close(out, expected, atol=atol, rtol=atol)
+    for a, b in zip(ours, torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=atol)
+
+
+def test_filtered_clips_agree_with_the_cpu_s(gpu: str, emoji: Path) -> None:
+    clips = sorted((emoji / "clips").iterdir())[:8]
+    source = "emoji-tiny?filter=run_length"
+    a, b = (load_model(source, device=device).embed_video(clips) for device in ("cpu", gpu))
+    np.testing.assert_allclose(a, b, atol=2e-3)

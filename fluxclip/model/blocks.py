@@ -1,19 +1,25 @@
-"""Transformer block and attention pooling of FluxViT (arXiv 2503.14237).
+"""Transformer block and poolings: FluxViT's (arXiv 2503.14237), and those of other anatomies.
 
 Tokens come dense, (B, K, D), or packed, (S, D) with the clips' `Segments`.
 Shape legend: B clips, K tokens of each, S tokens of all, D width.
 """
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxclip.model.attention import Segments, attend, attend_once
+from fluxclip.model.presets import ANATOMIES, Anatomy, Gelu
 from fluxclip.tokens.tubelets import RMSNorm
 
-Gelu = Literal["tanh", "erf"]
+_FLUXVIT = ANATOMIES["fluxvit"]
+
+
+def norm(width: int, anatomy: Anatomy) -> nn.Module:
+    """The norm of an anatomy's blocks."""
+    if anatomy.norm == "rms":
+        return RMSNorm(width, anatomy.norm_eps)
+    return nn.LayerNorm(width, anatomy.norm_eps)
 
 
 class Mlp(nn.Module):
@@ -23,57 +29,73 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        x = self.fc1(x)
+        if self.gelu == "quick":
+            return self.fc2(x * torch.sigmoid(1.702 * x))
+        return self.fc2(F.gelu(x, approximate="tanh" if self.gelu == "tanh" else "none"))
 
 
 class Attention(nn.Module):
-    """Self-attention with full-width q/k norm and the local position term LPE.
+    """Self-attention with FluxViT's full-width q/k norm and local position term LPE, or without.
 
     q and k are normalised over all D channels, all heads together. LPE adds an affine map per
     channel of the values to the attended values: (softmax(q k^T / sqrt(d)) + diag) v.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, anatomy: Anatomy = _FLUXVIT) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = RMSNorm(width)
-        self.k_norm = RMSNorm(width)
-        self.lpe_scale = nn.Parameter(torch.ones(width))
-        self.lpe_shift = nn.Parameter(torch.zeros(width))
+        self.qkv = nn.Linear(width, 3 * width, bias=anatomy.qkv_bias)
+        self.q_norm = RMSNorm(width) if anatomy.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width) if anatomy.qk_norm else nn.Identity()
+        self.has_lpe = anatomy.local_positions
+        if self.has_lpe:
+            self.lpe_scale = nn.Parameter(torch.ones(width))
+            self.lpe_shift = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         out = attend(self.q_norm(q), self.k_norm(k), v, heads=self.heads, segments=segments)
-        out = out + torch.addcmul(self.lpe_shift, v, self.lpe_scale)
+        if self.has_lpe:
+            out = out + torch.addcmul(self.lpe_shift, v, self.lpe_scale)
         return self.proj(out)
 
 
 class Block(nn.Module):
-    """Pre-norm block with LayerScale and drop path drawn once per clip; the shape stays."""
+    """Pre-norm block with drop path drawn once per clip; the shape stays.
+
+    layer_scale: initial value of LayerScale, where the anatomy has it.
+    """
 
     def __init__(
         self, width: int, heads: int, *, mlp_ratio: float, gelu: Gelu, layer_scale: float,
-        drop_path: float,
+        drop_path: float, anatomy: Anatomy = _FLUXVIT,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads)
-        self.ls1 = nn.Parameter(torch.full((width,), layer_scale))
-        self.norm2 = RMSNorm(width)
+
+        def scale() -> nn.Parameter | None:
+            has = anatomy.layer_scale
+            return nn.Parameter(torch.full((width,), layer_scale)) if has else None
+
+        self.norm1 = norm(width, anatomy)
+        self.attn = Attention(width, heads, anatomy)
+        self.ls1 = scale()
+        self.norm2 = norm(width, anatomy)
         self.mlp = Mlp(width, int(width * mlp_ratio), gelu)
-        self.ls2 = nn.Parameter(torch.full((width,), layer_scale))
+        self.ls2 = scale()
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         x = self._add(x, self.attn(self.norm1(x), segments), self.ls1, segments)
         return self._add(x, self.mlp(self.norm2(x)), self.ls2, segments)
 
-    def _add(self, x: Tensor, branch: Tensor, scale: Tensor, segments: Segments | None) -> Tensor:
+    def _add(
+        self, x: Tensor, branch: Tensor, scale: Tensor | None, segments: Segments | None
+    ) -> Tensor:
         if self.training and self.drop_path:
             # stochastic depth (arXiv 1603.09382): a clip keeps the branch or loses it whole
             keep = 1 - self.drop_path
@@ -82,6 +104,8 @@ class Block(nn.Module):
             else:
                 kept = (torch.rand(len(segments), 1, device=x.device) < keep)[segments.clip_S]
             branch = branch * (kept / keep).to(branch.dtype)
+        if scale is None:
+            return x + branch
         # autocast keeps LayerScale's product in the precision of the residual stream
         return torch.addcmul(x, branch.to(x.dtype), scale.to(x.dtype))
 
@@ -110,6 +134,60 @@ class AttentionPool(nn.Module):
         q = self.q(self.norm_q(_mean(x, segments, count_S)))
         answer = attend_once(q, k, v, heads=self.heads, segments=segments, count_S=count_S)
         return self.proj(answer)
+
+
+class MapPool(nn.Module):
+    """Multi-head attention pooling with a learned query, and an MLP behind it: -> (B, D).
+
+    That of SigLIP. count_S as in `AttentionPool`.
+    """
+
+    def __init__(self, width: int, heads: int, *, mlp_ratio: float, gelu: Gelu, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio), gelu)
+
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, count_S: Tensor | None = None
+    ) -> Tensor:
+        q_D, k, v = self.q(self.query), self.k(x), self.v(x)
+        if segments is None:
+            q_B1D = q_D.expand(len(x), 1, -1)
+            answer_BD = attend(q_B1D, k, v, heads=self.heads)[:, 0]
+        else:
+            q_BD = q_D.expand(len(segments), -1)
+            answer_BD = attend_once(
+                q_BD, k, v, heads=self.heads, segments=segments, count_S=count_S
+            )
+        pooled_BD = self.proj(answer_BD)
+        return pooled_BD + self.mlp(self.norm(pooled_BD))
+
+
+class ClassPool(nn.Module):
+    """The class token, the first of every clip: -> (B, D)."""
+
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, count_S: Tensor | None = None
+    ) -> Tensor:
+        return x[:, 0] if segments is None else x.index_select(0, segments.offsets[:-1])
+
+
+class MeanPool(nn.Module):
+    """The mean of the patches, without the class token: -> (B, D). count_S as above."""
+
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, count_S: Tensor | None = None
+    ) -> Tensor:
+        if segments is None:
+            return x[:, 1:].mean(1)
+        if count_S is None:
+            count_S = x.new_ones(len(x), dtype=torch.float32)
+        # the class token counts for nothing
+        count_S = count_S.index_fill(0, segments.offsets[:-1].long(), 0)
+        return _mean(x, segments, count_S)
 
 
 def _mean(x_SD: Tensor, segments: Segments, count_S: Tensor | None) -> Tensor:

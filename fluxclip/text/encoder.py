@@ -11,11 +11,13 @@ from fluxclip import plugins
 class TextEncoder(nn.Module, ABC):
     """Captions to one feature each.
 
-    width: channels of the feature. max_tokens: length after which a caption is cut.
+    width: channels of the feature. max_tokens: length after which a caption is cut. is_fresh: the
+    weights were drawn at random, so that another load would give others.
     """
 
     width: int
     max_tokens: int
+    is_fresh: bool = False
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
@@ -36,6 +38,14 @@ class TextEncoder(nn.Module, ABC):
         but queries by text need torch.
         """
         raise ValueError(f"the tokenizer of {type(self).__name__} has no tokenizer.json")
+
+    def files(self) -> dict[str, bytes]:
+        """What a folder must hold, by file name, to be the source of this encoder, weights aside.
+
+        A model folder that stores the weights stores these beside them. Empty, as here, for an
+        encoder whose source names what is installed or found on a hub.
+        """
+        return {}
 
 
 def load_encoder(name: str, source: str, *, max_tokens: int) -> TextEncoder:

@@ -3,6 +3,8 @@
 Shape legend: N time steps, h w patches along height and width, D width.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,13 +39,20 @@ class GlobalPositions(nn.Module):
     over space, each only if that size differs (compared per dimension, since 6 x 36 x 36 and
     24 x 18 x 18 have equally many entries). In eval, without gradients, the result is kept per
     grid until the parameters change or `train` or `eval` is called.
+    affine: False for a table that is used as it is. one_step: "mean" gives a single time step the
+    mean of the table over time (InternVideo2's images), of which "interpolated" takes the middle.
     """
 
-    def __init__(self, num_steps: int, side: int, width: int) -> None:
+    def __init__(
+        self, num_steps: int, side: int, width: int, *, affine: bool = True,
+        one_step: Literal["interpolated", "mean"] = "interpolated",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.table = nn.Parameter(sincos_3d(num_steps, side, side, width))
-        self.scale = nn.Parameter(torch.ones(width))
-        self.shift = nn.Parameter(torch.zeros(width))
+        self.affine, self.one_step = affine, one_step
+        if affine:
+            self.scale = nn.Parameter(torch.ones(width))
+            self.shift = nn.Parameter(torch.zeros(width))
         self._cache: dict[tuple[int, int, int], Tensor] = {}
         self._cache_key: tuple[object, ...] = ()
 
@@ -65,9 +74,12 @@ class GlobalPositions(nn.Module):
         return self._cache[grid]
 
     def _interpolate(self, num_steps: int, rows: int, columns: int) -> Tensor:
-        x_NhwD = (self.table * self.scale + self.shift).float()
+        table_NhwD = self.table * self.scale + self.shift if self.affine else self.table
+        x_NhwD = table_NhwD.float()
         n0, h0, w0, d = x_NhwD.shape
-        if num_steps != n0:
+        if num_steps == 1 and self.one_step == "mean":
+            x_NhwD = x_NhwD.mean(0, keepdim=True)
+        elif num_steps != n0:
             x = x_NhwD.reshape(n0, -1).T[None]
             x = F.interpolate(x, size=num_steps, mode="linear", align_corners=False)
             x_NhwD = x[0].T.reshape(num_steps, h0, w0, d)

@@ -44,18 +44,20 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Tubelets to patch vectors, with a norm before and after (dual patch norm).
+    """Tubelets to patch vectors, with a norm before and after (dual patch norm) or without.
 
     FluxViT (arXiv 2503.14237), modules "DPN": RMSNorm over the pixel values of a patch, a linear
     map to the width, RMSNorm over the width. Pixel vectors (..., P) -> (..., D).
     """
 
-    def __init__(self, width: int, *, patch: int = 14, tubelet: int = 1) -> None:
+    def __init__(
+        self, width: int, *, patch: int = 14, tubelet: int = 1, norm: bool = True, bias: bool = True
+    ) -> None:
         super().__init__()
         num_values = tubelet * patch * patch * 3
-        self.norm_before = RMSNorm(num_values)
-        self.proj = nn.Linear(num_values, width)
-        self.norm = RMSNorm(width)
+        self.norm_before = RMSNorm(num_values) if norm else nn.Identity()
+        self.proj = nn.Linear(num_values, width, bias=bias)
+        self.norm = RMSNorm(width) if norm else nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.norm(self.proj(self.norm_before(pixels)))

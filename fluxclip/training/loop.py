@@ -58,7 +58,7 @@ def train(
         ) as monitor,
         StopSignals() as stop,
     ):
-        monitor.say(f"{run.path}: {data.num_pairs} pairs, {recipe.sampling()}")
+        monitor.say(f"{run.path}: {data.num_pairs} pairs\n{recipe.sampling()}")
         if resume:
             monitor.say(f"resumed after step {start} of {o.steps}")
         saved_s = monitor.seconds

@@ -31,6 +31,9 @@ class ModelRecipe:
     """preset: tiny, small or base; dim: width of the shared space; the rest changes the preset.
 
     text_projection: "frozen" leaves the text tower's space as it is, turned; for small sets.
+    projectors: "shared" pools the tokens of every budget by the same weights; "per_budget" has
+    weights for each of flux.budgets, and the nearest in log tokens serves the budgets between.
+    filter, filter_settings, length_encoding, pool_by_length: see VideoTowerConfig.
     """
 
     preset: str = "tiny"
@@ -40,14 +43,21 @@ class ModelRecipe:
     scorer: str = "group_dynamic"
     gelu: Literal["tanh", "erf"] = "tanh"
     fit: Literal["crop", "squash"] = "crop"
+    projectors: Literal["shared", "per_budget"] = "shared"
+    filter: str = ""
+    filter_settings: dict[str, str | float] = field(default_factory=dict)
+    length_encoding: bool = False
+    pool_by_length: bool = False
 
 
 @settings
 class FluxRecipe:
     """Flux sampling (see FluxSampling), and the weight of aligning smaller budgets to the largest.
 
-    frames, sides: [first, last, stride]; tokens: [least, most] before selection; budgets: tokens
-    kept per view. grids: rows [token_budget, num_frames, side], what the trained model uses for a
+    frames, sides: [first, last, stride]; tokens: [least, most] before selection. budgets: tokens
+    kept per view; one is the paper's Flux-Single, several are Flux-Multi: each step then encodes
+    its clips once per budget, and `align` weighs the distance of the smaller views to the largest
+    (0 for none). grids: rows [token_budget, num_frames, side], what the trained model uses for a
     budget; the first row is also its default without one.
     """
 
@@ -150,7 +160,13 @@ class Recipe:
 
     def video_tower(self) -> VideoTowerConfig:
         m = self.model
-        return preset(m.preset, drop_path=m.drop_path, scorer=m.scorer, gelu=m.gelu)
+        budgets = self.flux.budgets if m.projectors == "per_budget" else ()
+        return preset(
+            m.preset, drop_path=m.drop_path, scorer=m.scorer, gelu=m.gelu,
+            projector_budgets=tuple(sorted(set(budgets), reverse=True)),
+            filter=m.filter, filter_settings=m.filter_settings,
+            length_encoding=m.length_encoding, pool_by_length=m.pool_by_length,
+        )  # fmt: skip
 
     def sampling(self) -> FluxSampling:
         f, tower = self.flux, self.video_tower()
@@ -190,6 +206,11 @@ def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         for key in ("annotations", "teacher"):
             if isinstance(section.get(key), str) and section[key]:
                 section[key] = str((path.parent / section[key]).resolve())
+    text = values.get("text")
+    if isinstance(text, dict) and isinstance(text.get("source"), str) and text["source"]:
+        folder = path.parent / text["source"]
+        if folder.is_dir():
+            text["source"] = str(folder.resolve())
     return parse(Recipe, values, source=str(path))
 
 
@@ -236,6 +257,8 @@ def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML with every default written out, so that the run can be repeated."""
 
     def value(x: Any) -> str:
+        if isinstance(x, dict):
+            return "{" + ", ".join(f"{json.dumps(k)} = {value(v)}" for k, v in x.items()) + "}"
         # TOML's numbers, booleans, lists and basic strings are written as JSON writes them
         return json.dumps(x, ensure_ascii=False)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from fluxclip.model.checkpoints.fluxvit import from_fluxvit
 from fluxclip.model.video_tower import FluxViTClassifier
-from fluxclip.model.weights import from_fluxvit
 from fluxclip.tokens.scorers import group_dynamic
 from fluxclip.tokens.selection import Selection
 

@@ -1,8 +1,11 @@
 """Flux draws, admissible grids, and the grid of a budget."""
 
+import itertools
+import math
+
 import pytest
 
-from fluxclip.tokens.budget import FluxSampling, GridTable
+from fluxclip.tokens.budget import FluxSampling, GridTable, candidate_grids
 
 # the pre-training setting of the FluxViT paper: frames 4-24, sides 168-252, 2,048-4,096 tokens
 PAPER = FluxSampling((4, 24, 2), (168, 252, 28), (2048, 4096), (2048, 1536, 1024))
@@ -56,3 +59,52 @@ def test_the_nearest_row_in_log_tokens_gives_the_grid() -> None:
     assert table.grid(1) == (4, 84)
     assert table.grid(256) == (8, 112)  # equally near to 512 and 128: the larger
     assert GridTable(default=(8, 112)).grid(5) == (8, 112)
+
+
+def test_rows_replace_those_of_their_budgets() -> None:
+    table = GridTable((8, 112), ((128, 6, 84), (64, 4, 84)))
+    changed = table.with_rows([(64, 2, 112), (256, 8, 98)])
+    assert changed.rows == ((256, 8, 98), (128, 6, 84), (64, 2, 112))
+    assert changed.default == table.default
+    assert changed.grid(64) == (2, 112)
+
+
+def test_the_grids_of_a_run_are_readable() -> None:
+    few = FluxSampling((2, 4, 2), (84, 84, 14), (72, 144), (36, 72))
+    assert str(few) == "grids: 2 x 84 px (72 tokens), 4 x 84 px (144 tokens); budgets 72, 36"
+    assert str(PAPER).endswith(
+        ", ... 24 x 168 px (3456 tokens), 18 in all; budgets 2048, 1536, 1024"
+    )
+    assert "\n" not in str(PAPER) and len(str(PAPER)) < 300
+
+
+@pytest.mark.parametrize("budget", [9, 64, 300])
+@pytest.mark.parametrize("tubelet", [1, 2])
+def test_candidates_are_all_grids_with_enough_tokens(budget: int, tubelet: int) -> None:
+    def tokens(grid: tuple[int, int]) -> int:
+        return math.ceil(grid[0] / tubelet) * (grid[1] // 14) ** 2
+
+    frames, sides = (1, 8, 1), (28, 112, 14)
+    grids = [g for g in itertools.product(range(1, 9), range(28, 113, 14)) if tokens(g) >= budget]
+    found = candidate_grids(budget, frames=frames, sides=sides, patch=14, tubelet=tubelet)
+    assert found == grids
+    few = candidate_grids(budget, frames=frames, sides=sides, patch=14, tubelet=tubelet, at_most=5)
+    assert len(few) == 5 or len(few) == len([g for g in grids if tokens(g) <= 4 * budget])
+
+    def far(grid: tuple[int, int]) -> float:
+        return abs(math.log(tokens(grid) / (2 * budget)))
+
+    left = [grid for grid in grids if grid not in few and tokens(grid) <= 4 * budget]
+    assert all(far(grid) <= far(other) for grid in few for other in left)
+    assert all(budget <= tokens(grid) <= 4 * budget for grid in few)
+
+
+def test_no_candidates_and_wrong_bounds() -> None:
+    assert candidate_grids(999, frames=(1, 2, 1), sides=(28, 56, 14), patch=14) == []
+    for frames, sides, message in (
+        ((4, 2, 1), (28, 56, 14), "frames is .first, last, stride."),
+        ((1, 2, 0), (28, 56, 14), "frames is .first, last, stride."),
+        ((1, 2, 1), (28, 56, 10), "sides must be multiples of the patch, 14 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            candidate_grids(9, frames=frames, sides=sides, patch=14)

