@@ -9,6 +9,8 @@ import torch
 
 from fluxclip import load_model
 from fluxclip.model.attention import Segments, attend
+from fluxclip.model.presets import preset
+from fluxclip.model.video_tower import VideoTower
 
 
 @pytest.fixture
@@ -59,3 +61,21 @@ def test_filtered_clips_agree_with_the_cpu_s(gpu: str, emoji: Path) -> None:
     source = "emoji-tiny?filter=run_length"
     a, b = (load_model(source, device=device).embed_video(clips) for device in ("cpu", gpu))
     np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_a_packed_tower_in_bf16_is_near_fp32_with_its_gradients(gpu: str) -> None:
+    """As in training: what a filter leaves of clips that differ, under autocast."""
+    torch.manual_seed(0)
+    tower = VideoTower(preset("tiny", layer_scale=1.0, filter="run_length")).to(gpu)
+    x = torch.randn(4, 8, 112, 112, 3, device=gpu)
+    for i in range(4):
+        x[i, :, : 28 * i] = x[i, :1, : 28 * i]
+    results = []
+    for bf16 in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            pooled = tower(x).float()
+        gradients = torch.autograd.grad(pooled.square().sum(), list(tower.parameters()))
+        results.append([pooled, *gradients])
+    for exact, half in zip(*results, strict=True):
+        # a key's bias changes no softmax: its gradient is nothing but rounding
+        assert (half - exact).norm() <= 5e-2 * exact.norm() + 3e-5

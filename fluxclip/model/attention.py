@@ -70,6 +70,9 @@ def attend(
     """
     if segments is None:
         return _dense(q, k, v, heads)
+    if q.is_cuda and torch.is_autocast_enabled("cuda"):
+        # autocast does so for torch's own attention only, and q/k norm gives fp32
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     if q.is_cuda and q.dtype in _HALF:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -107,8 +110,10 @@ def attend_once(
     """
     b, d = q_BD.shape
     clip_S = segments.clip_S
-    query_SD = (q_BD * (d // heads) ** -0.5).index_select(0, clip_S)
-    logits_SH = (query_SD * k_SD).view(-1, heads, d // heads).sum(-1).float()
+    # fp32 throughout: index_add, here and in the gradients, adds token after token, and a sum in
+    # half precision stops growing after some hundred of them
+    query_SD = (q_BD.float() * (d // heads) ** -0.5).index_select(0, clip_S)
+    logits_SH = (query_SD * k_SD).view(-1, heads, d // heads).sum(-1)
     if count_S is not None:
         logits_SH = logits_SH + count_S.float().log()[:, None]
     at_SH = clip_S[:, None].expand(-1, heads)
@@ -117,6 +122,6 @@ def attend_once(
     most_BH = most_BH.scatter_reduce(0, at_SH, logits_SH.detach(), "amax")
     weight_SH = (logits_SH - most_BH.index_select(0, clip_S)).exp()
     total_BH = weight_SH.new_zeros(b, heads).index_add(0, clip_S, weight_SH)
-    share_SH = (weight_SH / total_BH.index_select(0, clip_S)).to(v_SD.dtype)
+    share_SH = weight_SH / total_BH.index_select(0, clip_S)
     mixed_SHd = share_SH[..., None] * v_SD.view(-1, heads, d // heads)
-    return v_SD.new_zeros(b, d).index_add(0, clip_S, mixed_SHd.flatten(1))
+    return share_SH.new_zeros(b, d).index_add(0, clip_S, mixed_SHd.flatten(1)).to(v_SD.dtype)

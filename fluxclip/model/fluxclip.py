@@ -21,7 +21,8 @@ from fluxclip.tokens.selection import Selection, check_budget
 class View:
     """Clips at one token budget: unit vectors, what they were projected from, and the tokens.
 
-    tokens_SW: the blocks' output (W their width) for the selected patches of all clips.
+    All fp32, under autocast too: losses are. tokens_SW: the blocks' output (W their width) for the
+    selected patches of all clips.
     """
 
     vector_BD: Tensor
@@ -145,17 +146,20 @@ class FluxCLIP(nn.Module):
     ) -> list[View]:  # fmt: skip
         """One view per budget; the patches are embedded once for all.
 
-        Budgets above a clip's tokens (a still has few) share one pass.
+        Budgets that no clip has tokens for (a still has few) share one pass.
         """
         patches = self.video.embed(frames_BTHWC)
-        most = patches.num_cells
+        most = patches.most_tokens
         views: dict[int, View] = {}
         for budget in dict.fromkeys(min(budget, most) for budget in budgets):
             selection = self.video.select(patches, budget, generator=generator)
             encoded = self.video.encode(patches, selection)
             pooled_BP = self.video.pool(encoded)
             views[budget] = View(
-                self.project_video(pooled_BP), pooled_BP, encoded.patches_SD, selection
+                self.project_video(pooled_BP),
+                pooled_BP.float(),
+                encoded.patches_SD.float(),
+                selection,
             )
         return [views[min(budget, most)] for budget in budgets]
 

@@ -4,7 +4,6 @@ Shape legend: B clips or captions, T frames, H W pixels, D width of the shared s
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxclip.model.presets import PreprocessConfig
+from fluxclip.text import open_clip_models
 from fluxclip.tokens.selection import check_budget
 
 NUM_FRAMES = 8  # of the default grid: what CLIP4Clip-like systems and Perception Encoder use
@@ -30,22 +30,7 @@ class FrameAverage(nn.Module):
         super().__init__()
         import open_clip  # costs seconds to import: only who uses it pays
 
-        if name not in open_clip.list_models():
-            raise ValueError(
-                f"unknown open_clip model {name!r}: `python -c 'import open_clip; "
-                f"print(open_clip.list_models())'` lists the known ones"
-            )
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained not in tags and not Path(pretrained).is_file():
-            raise FileNotFoundError(
-                f"open_clip:{name}/{pretrained}: no such weights file, and no tag of {name}; "
-                f"its tags: {', '.join(tags) or 'none'}"
-            )
-        try:
-            self.clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
-        except Exception as error:  # a damaged file can fail in any way
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"open_clip:{name}/{pretrained} does not load: {reason}") from error
+        self.clip = open_clip_models.load(name, pretrained)
         self.tokenize_one = open_clip.get_tokenizer(name)
         visual: Any = self.clip.visual
         size = visual.image_size
@@ -58,7 +43,7 @@ class FrameAverage(nn.Module):
             fit="squash" if settings.get("resize_mode") == "squash" else "crop",
         )
         # what changes vectors beside the weights: for the fingerprint
-        self.architecture = open_clip.get_model_config(name)
+        self.architecture = open_clip_models.config(name)
         self._macs_per_frame: int | None = None
         self.eval().requires_grad_(False)
         self.dim: int = self.encode_text(self.tokenize(["a"])).shape[-1]
@@ -78,12 +63,7 @@ class FrameAverage(nn.Module):
 
     def are_cut(self, texts: Sequence[str]) -> list[bool]:
         """Which texts are longer than `text_limit`."""
-        # any tokenizer of open_clip: what was cut differs when there is room for one token more
-        limit = self.text_limit
-        cut_BL = self.tokenize_one(list(texts), context_length=limit)
-        longer_BL = self.tokenize_one(list(texts), context_length=limit + 1)
-        is_cut_B: list[bool] = (cut_BL != longer_BL[:, :limit]).any(dim=1).tolist()
-        return is_cut_B
+        return open_clip_models.are_cut(self.tokenize_one, texts, limit=self.text_limit)
 
     def num_tokens(self, num_frames: int, side: int) -> int:
         if side != self.side:

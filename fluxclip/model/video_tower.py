@@ -43,6 +43,11 @@ class Patches:
         """Tokens per clip, those that the filter left out included."""
         return self.num_steps * self.rows * self.columns
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the clip that has the most; a larger budget changes nothing."""
+        return self.num_cells if self.kept is None else max(self.kept.lengths)
+
     def vectors_BNLD(self) -> Tensor:
         """A vector for every cell; one that the filter left out has that of the head of its run."""
         if self.run_length_BNL is None:
@@ -183,7 +188,7 @@ class VideoTower(nn.Module):
         check_budget(budget)
         b, n, length = patches.num_clips, patches.num_steps, patches.rows * patches.columns
         kept = patches.kept
-        if budget is None or budget >= (n * length if kept is None else max(kept.lengths)):
+        if budget is None or budget >= patches.most_tokens:
             return kept or take(torch.zeros(b, n, length, device=patches.vectors.device))
         with torch.no_grad():
             score_BNL = self.scorer(patches.vectors_BNLD(), generator=generator)

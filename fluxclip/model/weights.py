@@ -71,14 +71,18 @@ def load(folder: str | Path, *, video: Mapping[str, Any] | None = None) -> FluxC
     """Read a model folder, weights as fp32, in eval mode.
 
     video: settings of the video tower to use instead of the folder's, of those that need no other
-    weights: scorer, filter, filter_settings, pool_by_length.
+    weights: scorer, filter, filter_settings, pool_by_length. Without a filter among them, the
+    settings are changes of the folder's filter.
     """
     folder = Path(folder)
     config = read_config(folder)
     if config.text.source == OWN_TEXT:
         config = replace(config, text=replace(config.text, source=str(folder / "text")))
     if video:
-        config = replace(config, video=replace(config.video, **video))
+        changes = dict(video)
+        if "filter" not in video and "filter_settings" in video:
+            changes["filter_settings"] = config.video.filter_settings | video["filter_settings"]
+        config = replace(config, video=replace(config.video, **changes))
     model = build(config)
     path = folder / "model.safetensors"
     if not path.is_file():

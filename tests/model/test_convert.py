@@ -109,6 +109,10 @@ def test_mistakes_about_fluxvit_files(write: Callable[..., Path]) -> None:
     assert "frozen" not in str(error.value)
     with pytest.raises(ValueError, match="FluxViT-S and -B have width 384 with 12 and 768 with 12"):
         as_fluxclip(write(state), text=TEXT)
+    with pytest.raises(ValueError, match=r"pos_embed has shape \(3,\), not \(1, "):
+        as_fluxclip(write({**state, "pos_embed": torch.ones(3)}), config=CONFIG, text=TEXT)
+    with pytest.raises(ValueError, match=r"tower of width 1 with 0 blocks"):
+        as_fluxclip(write({"cls_token": torch.tensor(1.0)}), text=TEXT)
     with pytest.raises(ValueError, match=r"none for 512"):
         as_fluxclip(write(state), config=CONFIG, projector=512, text=TEXT)
     with pytest.raises(ValueError, match="holds no tensors by name; keys: epoch"):

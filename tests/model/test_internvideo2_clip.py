@@ -249,7 +249,10 @@ def spoil(**changes: Tensor | None) -> dict[str, Tensor]:
             r"missing video\.blocks\.1\.attn\.qkv\.weight",
         ),
         (spoil(**{"text_encoder.projection_layer": None}), "missing projection_layer"),
-        (spoil(**{"vision_encoder.pos_embed": torch.zeros(1, 65, 48)}), "64 positions"),
+        (
+            spoil(**{"vision_encoder.pos_embed": torch.zeros(1, 65, 48)}),
+            r"pos_embed has shape \(1, 65, 48\), not \(1, \d+, 48\)",
+        ),
         (spoil(**{"vision_encoder.cls_token": torch.zeros(1, 1, 64)}), r"\(64,\), not \(48,\)"),
         ({"weight": torch.ones(2)}, "no InternVideo2-CLIP"),
         ([1, 2], "no tensors by name"),

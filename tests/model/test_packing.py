@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from fluxclip.model.attention import Segments, attend, attend_once
-from fluxclip.model.blocks import AttentionPool, Block
-from fluxclip.model.presets import preset
+from fluxclip.model.blocks import Attention, AttentionPool, Block
+from fluxclip.model.presets import ANATOMIES, preset
 from fluxclip.model.video_tower import VideoTower
 from fluxclip.tokens.scorers import group_dynamic
 from fluxclip.tokens.tubelets import tubelets
@@ -73,6 +75,54 @@ def test_one_query_per_clip_equals_softmax_and_counts_count() -> None:
         close(counted[i], attend(q[i][None, None], keys[None], values[None], heads=heads)[0, 0])
 
 
+def test_one_query_over_many_tokens_is_exact_in_half_precision_too() -> None:
+    """Sums of thousands of bf16 numbers: in bf16 they would stop growing."""
+    lengths = (3000, 500)
+    drawn = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 64, generator=drawn) for n in (2, 3500, 3500))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, 0.1 * k, v + 1)]
+        out = attend_once(inputs[0], inputs[1], inputs[2], heads=1, segments=Segments(lengths))
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        assert {x.dtype for x in (out, *gradients)} == {dtype}
+        results.append([x.float() for x in (out, *gradients)])
+    for exact, half in zip(*results, strict=True):
+        assert (half - exact).norm() < 0.006 * exact.norm()
+
+
+@pytest.mark.parametrize("anatomy", ["fluxvit", "clip"])
+def test_under_autocast_a_gpu_s_packed_kernel_gets_half_precision(
+    anatomy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q/k norm gives fp32 under autocast, which the kernel for packed batches refuses.
+
+    On tensors that have a device and no content: no GPU is needed.
+    """
+    given = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        given.append([x.dtype for x in (q, k, v)])
+        return torch.empty_like(v)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    attention = Attention(64, 2, ANATOMIES[anatomy])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, parameter in attention.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            on_gpu = torch.nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+            setattr(attention.get_submodule(owner), leaf, on_gpu)
+        x_SD = torch.empty(7, 64, device="cuda")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            out = attention(x_SD, Segments((3, 4), "cuda"))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        assert out.shape == x_SD.shape and out.device.type == "cuda"
+    assert given == [[torch.bfloat16] * 3]
+
+
 def test_pooling_of_a_packed_batch_equals_the_dense_one() -> None:
     pool = AttentionPool(32, 4, 16)
     x = torch.randn(3, 7, 32)
@@ -122,11 +172,16 @@ def test_without_repeats_the_filter_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_a_still_clip_costs_one_step_and_pools_as_if_all_were_there() -> None:
+def test_a_still_clip_costs_one_step() -> None:
     x = noise(2, 1, 56, 56).expand(2, 8, 56, 56, 3)
     model = tower(**RUN_LENGTH)
     assert model.count(x) == [(16, 16)] * 2
-    assert model.select(model.embed(x), None).lengths == (16, 16)
+    patches = model.embed(x)
+    assert len(patches.vectors) == 2 * 16
+    assert model.select(patches, None).lengths == (16, 16)
+    # a budget that no clip has tokens for changes nothing
+    assert patches.most_tokens == 16
+    assert model.select(patches, 16) is patches.kept
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,3 +146,17 @@ def test_text_features_do_not_depend_on_padding(model: FluxCLIP) -> None:
     alone = model.encode_text(model.tokenize(["a cat"]))
     padded = model.encode_text(model.tokenize(["a cat", "a much longer caption about many dogs"]))
     np.testing.assert_allclose(alone[0].detach().numpy(), padded[0].detach().numpy(), atol=1e-5)
+
+
+def test_settings_of_a_stored_filter_are_changed_one_by_one(tmp_path: Path) -> None:
+    stored = {"anchor": "last_kept", "threshold": 0.2}
+    video = preset("tiny", depth=1, filter="run_length", filter_settings=stored)
+    config = FluxCLIPConfig(video=video, grids=GridTable((4, 56)), dim=48)
+    weights.save(weights.build(config), tmp_path, card="card")
+
+    def settings(**changes: Any) -> dict[str, Any]:
+        return weights.load(tmp_path, video=changes).config.video.filter_settings
+
+    assert settings() == stored
+    assert settings(filter_settings={"threshold": 0.05}) == stored | {"threshold": 0.05}
+    assert settings(filter="run_length", filter_settings={}) == {}

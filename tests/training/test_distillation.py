@@ -106,6 +106,19 @@ def test_a_step_without_a_teacher_among_sources_with_one_still_counts(taught: li
     assert parts["distance"] == 0.0
 
 
+def test_a_step_in_bf16_learns_from_its_teacher_too(taught: list[str]) -> None:
+    """As on a GPU: the losses, with the heads, are in fp32 and what comes to them is not."""
+    forward, step = forward_of(taught)
+    _, exact = forward(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = forward(step)
+    assert parts["distance"] == pytest.approx(exact["distance"], abs=0.05)
+    loss.backward()
+    assert forward.distillation is not None
+    gradients = [p.grad for p in forward.distillation.parameters()]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+
+
 def test_the_first_steps_learn_from_the_teacher_alone(taught: list[str]) -> None:
     forward, step = forward_of([*taught, "distillation_steps=1"])
     later = replace(step, number=1)

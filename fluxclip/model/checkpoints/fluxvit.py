@@ -144,8 +144,7 @@ def _official(official: Mapping[str, Any]) -> VideoTowerConfig:
 
 def _known_size(state: Mapping[str, Tensor], source: str) -> VideoTowerConfig:
     sizes = [preset(name) for name in ("small", "base")]
-    token = state.get("cls_token")
-    found = (0 if token is None else token.shape[-1], names.depth(state))
+    found = (names.width(state.get("cls_token")), names.depth(state))
     for size in sizes:
         if (size.width, size.depth) == found:
             return size

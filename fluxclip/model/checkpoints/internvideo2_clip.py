@@ -228,8 +228,7 @@ def _model(
 
 
 def _known_size(state: Mapping[str, Tensor], source: str) -> VideoTowerConfig:
-    token = state.get(_VISION + "cls_token")
-    width = 0 if token is None else token.shape[-1]
+    width = names.width(state.get(_VISION + "cls_token"))
     depth = names.depth(name.removeprefix(_VISION) for name in state)
     for size in SIZES.values():
         if (size.width, size.depth) == (width, depth):

@@ -56,6 +56,11 @@ def depth(names: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
+def width(class_token: Tensor | None) -> int:
+    """Channels of a tower by its class token, whatever its shape; 0 without one."""
+    return 0 if class_token is None else class_token.numel()
+
+
 def replace_prefix(name: str, table: Mapping[str, str]) -> str:
     """The name with its longest prefix in the table replaced by what the table has for it."""
     prefix = max((p for p in table if name.startswith(p)), key=len, default=None)
@@ -64,10 +69,11 @@ def replace_prefix(name: str, table: Mapping[str, str]) -> str:
 
 def _check_table(table: Tensor, config: VideoTowerConfig) -> None:
     positions = config.num_tokens(config.table_frames, config.table_side)
-    if table.shape[1:] != (1 + positions, config.width):
+    wanted = (1, 1 + positions, config.width)
+    if table.shape != wanted:
         raise ValueError(
-            f"pos_embed has {table.shape[1] - 1} positions of {table.shape[2]} channels, not those "
-            f"of {config.table_frames} frames of {config.table_side} pixels in a tower of width "
+            f"pos_embed has shape {tuple(table.shape)}, not {wanted}, that of a class token and "
+            f"{config.table_frames} frames of {config.table_side} pixels in a tower of width "
             f"{config.width}"
         )
 

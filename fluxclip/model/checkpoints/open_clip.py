@@ -23,6 +23,7 @@ from fluxclip.model.presets import (
     VideoTowerConfig,
 )
 from fluxclip.model.weights import load_strictly
+from fluxclip.text import open_clip_models
 from fluxclip.text.encoders.open_clip_tower import OpenCLIPTower
 from fluxclip.tokens.budget import GridTable
 
@@ -36,7 +37,8 @@ def from_open_clip(name: str, pretrained: str, *, num_frames: int = 8) -> Conver
     file. num_frames: time steps of the position table and frames of the default grid. Raises
     ValueError or FileNotFoundError in one line, also for an image tower that is no plain ViT.
     """
-    clip, dim = _load(name, pretrained)
+    clip = open_clip_models.load(name, pretrained, force_custom_text=True).eval()
+    dim: int = open_clip_models.config(name)["embed_dim"]
     visual = clip.visual
     if _is_clip(visual):
         video, theirs = _clip_tower(visual, num_frames)
@@ -73,50 +75,6 @@ def from_open_clip(name: str, pretrained: str, *, num_frames: int = 8) -> Conver
     source = f"open_clip:{name}/{pretrained}"
     load_strictly(model, state, source=source, expected=model.state_dict())
     return Converted(model.eval(), _report(clip, name, pretrained, num_frames))
-
-
-def _load(name: str, pretrained: str) -> tuple[Any, int]:
-    """open_clip's model and the width of its shared space."""
-    import open_clip  # costs seconds to import: only who uses it pays
-
-    if name not in open_clip.list_models():
-        raise ValueError(
-            f"unknown open_clip model {name!r}: `python -c 'import open_clip; "
-            f"print(open_clip.list_models())'` lists the known ones"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained not in tags and not Path(pretrained).is_file():
-        raise FileNotFoundError(
-            f"{name}/{pretrained}: no such weights file, and no tag of {name}; its tags: "
-            f"{', '.join(tags) or 'none'}"
-        )
-    if pretrained in tags:
-        _check_gelu(name, pretrained)
-    try:
-        clip = open_clip.create_model(
-            name, pretrained=pretrained, force_custom_text=True, weights_only=True
-        )
-    except Exception as error:  # a damaged file can fail in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"open_clip:{name}/{pretrained} does not load: {reason}") from error
-    return clip.eval(), open_clip.get_model_config(name)["embed_dim"]
-
-
-def _check_gelu(name: str, tag: str) -> None:
-    """Raise ValueError if the weights were trained with another GELU than the configuration has.
-
-    open_clip only warns, and computes something else than the weights were trained for.
-    """
-    import open_clip
-
-    is_quick = open_clip.get_model_config(name).get("quick_gelu", False)
-    other = name.removesuffix("-quickgelu") if is_quick else f"{name}-quickgelu"
-    wants_quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-    # where there is only one configuration, the tag just does not say
-    if wants_quick != is_quick and other != name and other in open_clip.list_models():
-        raise ValueError(
-            f"the weights {tag!r} are not for {name}, whose GELU is another: use {other}/{tag}"
-        )
 
 
 def _report(clip: nn.Module, name: str, pretrained: str, num_frames: int) -> Report:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxclip.text import open_clip_models
 from fluxclip.text.encoder import TextEncoder
 
 # open_clip builds a text tower only together with an image tower: the least it takes
@@ -46,12 +47,7 @@ class OpenCLIPTower(TextEncoder):
         return F.pad(ids_BL, (0, self.context - self.max_tokens), value=self.pad_id)
 
     def are_cut(self, texts: Sequence[str]) -> list[bool]:
-        # any tokenizer of open_clip: what was cut differs when there is room for one token more
-        limit = self.max_tokens
-        cut_BL = self.tokenizer(list(texts), context_length=limit)
-        longer_BL = self.tokenizer(list(texts), context_length=limit + 1)
-        is_cut_B: list[bool] = (cut_BL != longer_BL[:, :limit]).any(dim=1).tolist()
-        return is_cut_B
+        return open_clip_models.are_cut(self.tokenizer, texts, limit=self.max_tokens)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         features_BD = self.tower(ids_BL)
@@ -70,32 +66,21 @@ def load(source: str, *, max_tokens: int) -> OpenCLIPTower:
     import open_clip
 
     name, _, pretrained = source.partition("/")
-    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-    if config is None:
-        raise ValueError(
-            f"unknown open_clip model {name!r}: `python -c 'import open_clip; "
-            f"print(open_clip.list_models())'` lists the known ones"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained and pretrained not in tags and not Path(pretrained).is_file():
-        raise FileNotFoundError(
-            f"open_clip_tower {source!r}: no such weights file, and no tag of {name}; its tags: "
-            f"{', '.join(tags) or 'none'}"
-        )
-    try:
-        if pretrained:
-            clip = open_clip.create_model(
-                name, pretrained=pretrained, force_custom_text=True, weights_only=True
-            )
-        else:
+    config = open_clip_models.config(name)
+    if pretrained:
+        clip = open_clip_models.load(name, pretrained, force_custom_text=True)
+    else:
+        try:
             clip = open_clip.CustomTextCLIP(
                 embed_dim=config["embed_dim"],
                 vision_cfg=_NO_IMAGES,
                 text_cfg={**config["text_cfg"], "hf_model_pretrained": False},
                 quick_gelu=config.get("quick_gelu", False),
             )
-    except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"open_clip_tower {source!r} does not load: {_reason(error)}") from error
+        except Exception as error:  # some text towers come from the hub
+            raise ValueError(
+                f"open_clip_tower {source!r} does not load: {_reason(error)}"
+            ) from error
     return OpenCLIPTower(
         name, clip.text, width=config["embed_dim"], max_tokens=max_tokens, is_fresh=not pretrained
     )
