@@ -77,8 +77,6 @@ def test_numbers_of_the_readme_are_those_of_the_records() -> None:
         row = f"| {result['num_tokens']} | {found['r1']:.1f} | {found['r10']:.1f} |"
         assert row in TEXT, row
     speed = json.loads((ROOT / "benchmarks" / "encoder-cpu.json").read_text())
-    small = [row for row in speed["rows"] if row["preset"] == "small" and "times_faster" in row]
-    assert len(small) > 5
-    for result in small:
+    for result in speed["rows"]:
         row = f"| {result['ms_per_clip']:.0f} | {result['times_faster']:.2f} |"
         assert row in TEXT, row
