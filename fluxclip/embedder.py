@@ -230,6 +230,8 @@ def fingerprint(model: FluxCLIP | FrameAverage) -> str:
         for section, name in (("text", "source"), ("text", "weights"), ("video", "drop_path")):
             described.get(section, {}).pop(name, None)
         described["pooling"] = getattr(model.text, "pooling", None)
+        if configuration := getattr(model.text, "configuration", None):  # of open_clip
+            described["text_configuration"] = configuration
         for name, content in model.text.files().items():  # a vocabulary
             described[name] = hashlib.sha256(content).hexdigest()
     else:
@@ -253,7 +255,7 @@ def load_model(source: str | Path, *, device: str | None = None) -> Embedder:
     is no setting of the tower (filter, scorer, pool_by_length) is one of the filter.
     Raises ValueError or FileNotFoundError in one line that says what is known.
     """
-    text, _, changes = str(source).partition("?")
+    text, changes = split_settings(str(source))
     if changes and text.startswith("open_clip:"):
         raise ValueError(f"{source}: a model of open_clip drops whole frames, not tokens")
     if text.startswith("open_clip:"):
@@ -270,15 +272,19 @@ def load_model(source: str | Path, *, device: str | None = None) -> Embedder:
     from fluxclip.model import weights
 
     folder, name, found = find_folder(text)
-    suffix = f"?{changes}" if changes else ""
-    model = weights.load(folder, video=_tower_settings(changes))
+    suffix = str(source).removeprefix(text).rstrip("?")
+    model = weights.load(folder, config=weights.with_video(weights.read_config(folder), changes))
     return Embedder(model, name=name + suffix, source=found + suffix, device=device)
 
 
-def _tower_settings(text: str) -> dict[str, Any]:
-    """Settings of the video tower from "key=value,key=value"."""
+def split_settings(source: str) -> tuple[str, dict[str, Any]]:
+    """A model's source without what follows its "?", and that as settings of the video tower.
+
+    source: as `load_model` takes it. Raises ValueError for what is not key=value,key=value.
+    """
+    text, _, changes = source.partition("?")
     video: dict[str, Any] = {}
-    for change in filter(None, text.split(",")):
+    for change in filter(None, changes.split(",")):
         key, equals, value = change.partition("=")
         if not equals or not key:
             raise ValueError(f"what follows the ? of a model is key=value, got {change!r}")
@@ -293,7 +299,7 @@ def _tower_settings(text: str) -> dict[str, Any]:
             video.setdefault("filter_settings", {})[key] = float(value) if number else value
     if "filter" in video:  # another filter has settings of its own
         video.setdefault("filter_settings", {})
-    return video
+    return text, video
 
 
 def find_folder(source: str) -> tuple[Path, str, str]:

@@ -16,6 +16,8 @@ from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
 
+_made: set[str] = set()  # names of the settings classes
+
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
@@ -30,6 +32,7 @@ def settings(cls: type[T]) -> type[T]:
             raise ValueError(_explain(made, error, made.__name__)) from None
 
     made.__init__ = __init__
+    _made.add(made.__name__)
     return made
 
 
@@ -64,6 +67,8 @@ def _line(cls: type, details: Any) -> str:
     if details["type"] in ("missing", "missing_argument"):
         return f"missing key {key!r}"
     message = details["msg"].removeprefix("Value error, ")
+    made, _, rest = message.partition(": ")  # one settings class may make another
+    message = rest if made in _made else message
     message = message[0].lower() + message[1:]
     # a class that checks itself names its own values; a wrong type does not
     got = "" if details["type"] == "value_error" else f", got {details['input']!r}"

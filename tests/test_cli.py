@@ -272,8 +272,8 @@ def test_mistakes_about_grids_and_the_hub(emoji: Path, tmp_path: Path) -> None:
         output = () if "--output" in more else ("--output", tmp_path / "copy")
         return refused("grids", model, "--annotations", data, *output, *more)
 
-    assert "--budgets takes token counts of 1 or more" in of("--budgets", "36,0")
-    assert "all has the model's default grid" in of("--budgets", "all,36")
+    assert "--budgets takes token counts of 1 or more, got '0'" in of("--budgets", "36,0")
+    assert "--budgets takes token counts of 1 or more, got 'all'" in of("--budgets", "all,36")
     assert "no grid of frames [1, 8, 1] and sides [28, 112, 14] has 9999 tokens" in of(
         "--budgets", 9999
     )

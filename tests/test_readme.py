@@ -78,5 +78,7 @@ def test_numbers_of_the_readme_are_those_of_the_records() -> None:
         assert row in TEXT, row
     speed = json.loads((ROOT / "benchmarks" / "encoder-cpu.json").read_text())
     for result in speed["rows"]:
+        if result["preset"] != "small" or "times_faster" not in result:
+            continue
         row = f"| {result['ms_per_clip']:.0f} | {result['times_faster']:.2f} |"
         assert row in TEXT, row

@@ -14,16 +14,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per 
 
 def read_budgets(text: str) -> list[int | None]:
     """Token counts as in "all,256,64"; all is None. Raises ValueError for anything else."""
-    budgets: list[int | None] = []
-    for part in text.split(","):
-        word = part.strip()
-        if word == "all":
-            budgets.append(None)
-        elif word.isdecimal() and int(word) > 0:
-            budgets.append(int(word))
-        else:
-            raise ValueError(f"--budgets takes token counts of 1 or more, or all, got {word!r}")
-    return budgets
+    return [None if word == "all" else _count(word, ", or all") for word in _words(text)]
+
+
+def read_counts(text: str) -> list[int]:
+    """Token counts as in "256,64". Raises ValueError for anything else."""
+    return [_count(word) for word in _words(text)]
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _count(word: str, also: str = "") -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f"--budgets takes token counts of 1 or more{also}, got {word!r}")
+    return int(word)
 
 
 def new_folder(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluxclip.cli.arguments import Captions, Model, new_folder, read_budgets
+from fluxclip.cli.arguments import Captions, Model, new_folder, read_counts
 from fluxclip.cli.output import console, list_failed, progress_bar
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def grids(
     from fluxclip.evaluation.protocols.annotations import read
     from fluxclip.model import weights
 
-    wanted = [budget for budget in read_budgets(budgets) if budget is not None]
-    if len(wanted) != budgets.count(",") + 1:
-        raise ValueError("--budgets of grids takes token counts; all has the model's default grid")
+    wanted = read_counts(budgets)
     folder, _, _ = find_folder(model)
     target = _to_rewrite(folder, model) if output is None else new_folder(output)
     config = weights.read_config(folder)

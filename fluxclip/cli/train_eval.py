@@ -21,6 +21,9 @@ def train(
     set: Annotated[
         list[str] | None, typer.Option(help="change a value, as in optimizer.lr=1e-4; repeatable")
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="a model to start from, in place of the recipe's init")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest state of the recipe's run")
     ] = False,
@@ -34,7 +37,13 @@ def train(
     from fluxclip.training.loop import train
 
     command = shlex.join(["fluxclip", *sys.argv[1:]])
-    settings = recipes.read(recipe, set or ())
+    changes = list(set or ())
+    if init is not None:
+        # a folder given here is one of where the command runs, not of where the recipe lies
+        name, mark, tower = init.partition("?")
+        init = f"{Path(name).absolute()}{mark}{tower}" if Path(name).is_dir() else init
+        changes.append(f"init={init}")
+    settings = recipes.read(recipe, changes)
     folder = train(settings, resume=resume, console=console("stderr"), command=command)
     print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
 

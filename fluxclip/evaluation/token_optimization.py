@@ -51,7 +51,8 @@ class GridModel(EvaluatedModel, Protocol):
 class Trial(BaseModel):
     """A budget at a grid: its validation loss, and the mean MRR (0-100) of both directions.
 
-    grid_tokens: before selection. macs: multiply-accumulates per clip.
+    grid_tokens: before selection. macs: multiply-accumulates per clip, none of whose tokens a
+    filter drops.
     """
 
     token_budget: int

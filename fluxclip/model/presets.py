@@ -117,8 +117,12 @@ class VideoTowerConfig:
                 )
             if pooling == "class" and self.pool_by_length:
                 raise ValueError("pool_by_length needs a pooling of patches, not of a class token")
-        if not self.filter and (self.filter_settings or self.length_encoding):
-            raise ValueError("filter_settings and length_encoding need a filter: run_length")
+        if not self.filter and (
+            self.filter_settings or self.length_encoding or self.pool_by_length
+        ):
+            raise ValueError(
+                "filter_settings, length_encoding and pool_by_length need a filter: run_length"
+            )
         if self.width % self.heads or self.width % self.pool_heads:
             raise ValueError(
                 f"video width {self.width} must be divisible by heads ({self.heads}) "

@@ -22,6 +22,8 @@ from fluxclip.settings import parse
 from fluxclip.text.encoder import load_encoder
 
 FORMAT = 1
+# what a model hub reads of a card
+CARD_HEADER = "---\nlibrary_name: fluxclip\ntags:\n- video-text-retrieval\n---\n\n"
 OWN_TEXT = "./text"  # a text tower's source that lies in the model folder
 
 
@@ -67,22 +69,15 @@ def save(
     _replace(folder / "README.md", card)
 
 
-def load(folder: str | Path, *, video: Mapping[str, Any] | None = None) -> FluxCLIP:
+def load(folder: str | Path, *, config: FluxCLIPConfig | None = None) -> FluxCLIP:
     """Read a model folder, weights as fp32, in eval mode.
 
-    video: settings of the video tower to use instead of the folder's, of those that need no other
-    weights: scorer, filter, filter_settings, pool_by_length. Without a filter among them, the
-    settings are changes of the folder's filter.
+    config: what `read_config` gives of the folder, with changes that need no other weights.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = config or read_config(folder)
     if config.text.source == OWN_TEXT:
         config = replace(config, text=replace(config.text, source=str(folder / "text")))
-    if video:
-        changes = dict(video)
-        if "filter" not in video and "filter_settings" in video:
-            changes["filter_settings"] = config.video.filter_settings | video["filter_settings"]
-        config = replace(config, video=replace(config.video, **changes))
     model = build(config)
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -108,6 +103,18 @@ def read_config(folder: str | Path) -> FluxCLIPConfig:
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not of model format {FORMAT}, the one this version reads")
     return parse(FluxCLIPConfig, values, source=str(path))
+
+
+def with_video(config: FluxCLIPConfig, changes: Mapping[str, Any]) -> FluxCLIPConfig:
+    """The config with other settings of the video tower, of those that need no other weights.
+
+    changes: of scorer, filter, filter_settings, pool_by_length, drop_path. Without a filter among
+    them, the settings are changes of the filter that is there.
+    """
+    changes = dict(changes)
+    if "filter" not in changes and "filter_settings" in changes:
+        changes["filter_settings"] = config.video.filter_settings | changes["filter_settings"]
+    return replace(config, video=replace(config.video, **changes))
 
 
 def write_config(config: FluxCLIPConfig, folder: str | Path) -> None:

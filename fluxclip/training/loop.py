@@ -8,7 +8,6 @@ from rich.console import Console
 from fluxclip.data import loader
 from fluxclip.data.sources import annotations
 from fluxclip.data.teacher import TeacherFeatures
-from fluxclip.model import weights
 from fluxclip.training import optimizer
 from fluxclip.training.forward import Forward
 from fluxclip.training.monitor import Monitor
@@ -43,8 +42,7 @@ def train(
     data = dataset(recipe)
     validation = Validation(recipe.validation)
     torch.manual_seed(recipe.seed)
-    model = weights.build(recipe.model_config()).to(device).train()
-    model.text_projection.requires_grad_(recipe.model.text_projection == "trained")
+    model = recipe.build().to(device)
     forward = Forward(model, data.sources, recipe)
     o = recipe.optimizer
     adamw = optimizer.build(

@@ -6,13 +6,17 @@ Paths to data are relative to the recipe's folder, `output` to the folder the co
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fluxclip.data.loader import Augment
+from fluxclip.embedder import find_folder, split_settings
+from fluxclip.model import weights
+from fluxclip.model.fluxclip import FluxCLIP
 from fluxclip.model.presets import (
     FluxCLIPConfig,
     PreprocessConfig,
@@ -58,14 +62,15 @@ class FluxRecipe:
     kept per view; one is the paper's Flux-Single, several are Flux-Multi: each step then encodes
     its clips once per budget, and `align` weighs the distance of the smaller views to the largest
     (0 for none). grids: rows [token_budget, num_frames, side], what the trained model uses for a
-    budget; the first row is also its default without one.
+    budget; the first row is also its default without one; none leaves those of the model started
+    from.
     """
 
     frames: tuple[int, int, int]
     sides: tuple[int, int, int]
     tokens: tuple[int, int]
     budgets: tuple[int, ...]
-    grids: tuple[tuple[int, int, int], ...]
+    grids: tuple[tuple[int, int, int], ...] = ()
     align: NonNegativeFloat = 1.0
 
 
@@ -122,7 +127,12 @@ class ValidationRecipe:
 
 @settings
 class Recipe:
-    """A whole run. output: the run folder. precision: "auto" is bf16 on a GPU, fp32 on a CPU.
+    """A whole run. output: the run folder.
+
+    init: a model to start from, as load_model takes it; its architecture and its text tower are
+    then those of that model, and of [model] only drop_path and text_projection may be set. Empty
+    for fresh weights.
+    precision: "auto" is bf16 on a GPU, fp32 on a CPU.
 
     save_as: number type of the weights in the model folders. workers: processes that decode.
     negatives: "all" also sets each clip against the names (first captions) of all records.
@@ -143,6 +153,7 @@ class Recipe:
     negatives: Literal["step", "all"] = "step"
     distillation: NonNegativeFloat = 1.0
     distillation_steps: NonNegativeInt = 0
+    init: str = ""
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -154,12 +165,27 @@ class Recipe:
             raise ValueError("a recipe needs at least one [[data]] section")
         if self.workers and any(source.cache_frames for source in self.data):
             raise ValueError("a source with cache_frames is kept by one process: set workers to 0")
+        if self.init:
+            fresh = replace(
+                ModelRecipe(),
+                drop_path=self.model.drop_path, text_projection=self.model.text_projection,
+            )  # fmt: skip
+            given = [
+                f"model.{key}" for key, value in asdict(self.model).items()
+                if value != getattr(fresh, key)
+            ] + ["[text]"] * (self.text != TextConfig())  # fmt: skip
+            if given:
+                raise ValueError(
+                    f"leave out {', '.join(given)}: with init, the model {self.init} brings it"
+                )
         # made once here, so that mistakes show before any step is spent
         self.sampling()
         self.model_config()
 
     def video_tower(self) -> VideoTowerConfig:
         m = self.model
+        if self.init:
+            return self._initial[1].video
         budgets = self.flux.budgets if m.projectors == "per_budget" else ()
         return preset(
             m.preset, drop_path=m.drop_path, scorer=m.scorer, gelu=m.gelu,
@@ -177,6 +203,9 @@ class Recipe:
 
     def model_config(self) -> FluxCLIPConfig:
         rows = self.flux.grids
+        if self.init:
+            config = self._initial[1]
+            return replace(config, grids=GridTable(rows[0][1:], rows)) if rows else config
         if not rows:
             raise ValueError("flux.grids needs at least one row [token_budget, frames, side]")
         return FluxCLIPConfig(
@@ -186,6 +215,24 @@ class Recipe:
             preprocess=PreprocessConfig(fit=self.model.fit),
             dim=self.model.dim,
         )
+
+    def build(self) -> FluxCLIP:
+        """The model before its first step, in training mode, what is not trained set so."""
+        config = self.model_config()
+        if self.init:
+            model = weights.load(self._initial[0], config=config)
+        else:
+            model = weights.build(config)
+        model.text_projection.requires_grad_(self.model.text_projection == "trained")
+        return model.train()
+
+    @cached_property
+    def _initial(self) -> tuple[Path, FluxCLIPConfig]:
+        """Folder of the model to start from, and its config with the recipe's changes."""
+        source, changes = split_settings(self.init)
+        folder, _, _ = find_folder(source)
+        changes["drop_path"] = self.model.drop_path
+        return folder, weights.with_video(weights.read_config(folder), changes)
 
 
 def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -206,11 +253,12 @@ def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         for key in ("annotations", "teacher"):
             if isinstance(section.get(key), str) and section[key]:
                 section[key] = str((path.parent / section[key]).resolve())
-    text = values.get("text")
-    if isinstance(text, dict) and isinstance(text.get("source"), str) and text["source"]:
-        folder = path.parent / text["source"]
-        if folder.is_dir():
-            text["source"] = str(folder.resolve())
+    named: tuple[tuple[Any, str], ...] = ((values.get("text"), "source"), (values, "init"))
+    for section, key in named:
+        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
+            name, mark, changes = section[key].partition("?")
+            if (path.parent / name).is_dir():
+                section[key] = f"{(path.parent / name).resolve()}{mark}{changes}"
     return parse(Recipe, values, source=str(path))
 
 

@@ -171,11 +171,13 @@ def _card(
         + (f", teacher {Path(s.teacher).name}" if s.teacher else "")
         for s in recipe.data
     )
+    text = model.config.text
+    start = f"started from `{recipe.init}`" if recipe.init else f"preset `{recipe.model.preset}`"
     numbers = "\n".join(f"- {name}: {value:.2f}" for name, value in scores.items())
-    return f"""# {run.path.name}
+    return f"""{weights.CARD_HEADER}# {run.path.name}
 
-A FluxCLIP video-text model, preset `{recipe.model.preset}`, {trained / 1e6:.2f} M trained
-parameters; text tower `{recipe.text.source}` ({recipe.text.weights}).
+A FluxCLIP video-text model, {start}, {trained / 1e6:.2f} M trained
+parameters; text tower `{text.source}` ({text.weights}).
 
 - Command: `{run.progress.command}`
 - Seed: {recipe.seed}; step {step} of {recipe.optimizer.steps}, {seconds / 60:.1f} minutes

@@ -155,7 +155,8 @@ def test_settings_of_a_stored_filter_are_changed_one_by_one(tmp_path: Path) -> N
     weights.save(weights.build(config), tmp_path, card="card")
 
     def settings(**changes: Any) -> dict[str, Any]:
-        return weights.load(tmp_path, video=changes).config.video.filter_settings
+        changed = weights.with_video(weights.read_config(tmp_path), changes)
+        return weights.load(tmp_path, config=changed).config.video.filter_settings
 
     assert settings() == stored
     assert settings(filter_settings={"threshold": 0.05}) == stored | {"threshold": 0.05}

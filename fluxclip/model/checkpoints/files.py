@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fluxclip.model.fluxclip import FluxCLIP
+from fluxclip.model.weights import CARD_HEADER
 
 _WRAPPERS = ("module", "model")  # what DeepSpeed and plain training loops save around the tensors
 
@@ -143,9 +144,10 @@ def card(title: str, report: Report) -> str:
     """README.md of a converted model folder."""
     lines = "\n".join(f"- {line}".replace("-   ", "  - ") for line in report.lines())
     return (
-        f"# {title}\n\n{report.about}\n\nWritten by `fluxclip convert`; nothing was trained. The "
-        f"weights keep the licence under which they were published: add it, and whom to cite, "
-        f"before you pass this folder on.\n\n{lines}\n"
+        f"{CARD_HEADER}# {title}\n\n{report.about}\n\n"
+        f"Written by `fluxclip convert`; nothing was trained. The weights keep the licence under "
+        f"which they were published: add it, and whom to cite, before you pass this folder on."
+        f"\n\n{lines}\n"
     )
 
 

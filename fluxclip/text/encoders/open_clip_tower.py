@@ -19,7 +19,8 @@ _NO_IMAGES = {"image_size": 32, "patch_size": 32, "width": 64, "layers": 1, "hea
 class OpenCLIPTower(TextEncoder):
     """The tower as open_clip computes it, with its own tokenizer and its own text projection.
 
-    tower: open_clip's module; the state dicts of others go into it. context: ids per caption, which
+    tower: open_clip's module; the state dicts of others go into it. configuration: its name, which
+    says more than its weights do, such as the kind of GELU. context: ids per caption, which
     is fixed: a caption is padded to it, and cut at `max_tokens` where that is less.
     """
 
@@ -29,7 +30,7 @@ class OpenCLIPTower(TextEncoder):
         super().__init__()
         import open_clip  # costs seconds to import: only who uses it pays
 
-        self.tower = tower
+        self.tower, self.configuration = tower, name
         try:
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # some come from the hub
