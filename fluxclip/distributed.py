@@ -5,14 +5,21 @@ many there are; started alone it is the only one, and nothing here costs anythin
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.autograd import Function
+    from torch.nn import Module
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(hours=12)  # the fastest process waits for the slowest
+# the fastest process waits for the slowest: in evaluation at the end, in training at every step
+_TIMEOUT = {"cpu": timedelta(hours=12), "device": timedelta(minutes=30)}
 
 
 def rank() -> int:
@@ -40,14 +47,22 @@ def num_cores() -> int:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Connect the processes of one job for as long as it lasts; a lone process needs none."""
+def together(*, tensors: Literal["cpu", "device"] = "cpu") -> Iterator[None]:
+    """Connect the processes of one job for as long as it lasts; a lone process needs none.
+
+    tensors: where those lie that are sent: on the CPU, or on the GPU that each process has, if any.
+    """
     if world_size() == 1:
         yield
         return
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    if tensors == "device" and (own := device()):
+        torch.cuda.set_device(own)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT[tensors])
+    else:
+        dist.init_process_group("gloo", timeout=_TIMEOUT[tensors])
     try:
         yield
     finally:
@@ -85,3 +100,84 @@ def gather(value: T) -> list[T]:
     values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_rows(x_BD: "Tensor") -> "Tensor":
+    """The rows of all ranks in the order of their ranks, with gradient; all must call it.
+
+    x_BD: of any number type, its first axis equally long on every rank. Gives (W*B, D) for W
+    ranks; a lone process gets x_BD itself. In the backward pass a rank gets for its rows the sum
+    of the gradients that all ranks have for them.
+    """
+    return x_BD if world_size() == 1 else cast("Tensor", _functions()[0].apply(x_BD))
+
+
+def exchange_rows(x_ND: "Tensor") -> "Tensor":
+    """Equal blocks of rows, the i-th sent to rank i and the i-th received from it, with gradient.
+
+    x_ND: its first axis equally long on every rank and a multiple of their number. Gives (N, D);
+    a lone process gets x_ND itself. All must call it; gradients go back the way the rows came.
+    """
+    return x_ND if world_size() == 1 else cast("Tensor", _functions()[1].apply(x_ND))
+
+
+@cache
+def _functions() -> "tuple[type[Function], type[Function]]":
+    """Gather and exchange with their gradients; in a function, as classes would need torch."""
+    import torch
+    import torch.distributed as dist
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_BD: torch.Tensor) -> torch.Tensor:
+            x_ND = x_BD.new_empty((world_size() * len(x_BD), *x_BD.shape[1:]))
+            dist.all_gather_into_tensor(x_ND, x_BD.contiguous())
+            return x_ND
+
+        @staticmethod
+        def backward(ctx: Any, grad_ND: torch.Tensor) -> torch.Tensor:
+            grad_BD = grad_ND.new_empty((len(grad_ND) // world_size(), *grad_ND.shape[1:]))
+            dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous())
+            return grad_BD
+
+    class Exchange(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_ND: torch.Tensor) -> torch.Tensor:
+            received_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+            dist.all_to_all_single(received_ND, x_ND.contiguous())
+            return received_ND
+
+        @staticmethod
+        def backward(ctx: Any, grad_ND: torch.Tensor) -> torch.Tensor:
+            sent_back_ND = torch.empty_like(grad_ND, memory_format=torch.contiguous_format)
+            dist.all_to_all_single(sent_back_ND, grad_ND.contiguous())
+            return sent_back_ND
+
+    return Gather, Exchange
+
+
+def mean(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The mean over processes of numbers that all have by the same names; all must call it."""
+    if world_size() == 1:
+        return dict(numbers)
+    import torch
+    import torch.distributed as dist
+
+    x = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    dist.all_reduce(x)
+    return dict(zip(numbers, (x / world_size()).tolist(), strict=True))
+
+
+def averaging(module: "Module", *, some_unused: bool) -> "Module":
+    """The module, called through which it averages over processes the gradients it gets.
+
+    some_unused: some parameters may have no part in a call.
+    """
+    if world_size() == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(
+        module, broadcast_buffers=False, find_unused_parameters=some_unused,
+        gradient_as_bucket_view=True,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """The same numbers on a GPU as on the CPU; FLUXCLIP_REQUIRE_GPU makes a missing GPU a failure."""
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,22 @@ def test_a_packed_tower_in_bf16_is_near_fp32_with_its_gradients(gpu: str) -> Non
     for exact, half in zip(*results, strict=True):
         # a key's bias changes no softmax: its gradient is nothing but rounding
         assert (half - exact).norm() <= 5e-2 * exact.norm() + 3e-5
+
+
+def test_a_packed_pass_waits_for_the_gpu_once(gpu: str) -> None:
+    """How many tokens a filter left has to be known; nothing else has."""
+    tower = VideoTower(preset("tiny", filter="run_length")).to(gpu).eval()
+    x = torch.randn(4, 8, 112, 112, 3, device=gpu)
+    for i in range(4):
+        x[i, :, : 28 * i] = x[i, :1, : 28 * i]
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        tower(x)  # tables of this grid are made
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                tower(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(waits) <= 1, [f"{w.filename}:{w.lineno}" for w in waits]

@@ -24,6 +24,9 @@ def train(
     init: Annotated[
         str | None, typer.Option(help="a model to start from, in place of the recipe's init")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print what it would train, and every missing file")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest state of the recipe's run")
     ] = False,
@@ -31,10 +34,13 @@ def train(
     """Pre-train a model as a recipe says.
 
     Ctrl-C and SIGTERM finish the step and save a state before they stop the run, with exit codes
-    130 and 143; a second Ctrl-C stops at once.
+    130 and 143; a second Ctrl-C stops at once. Several processes (torchrun --no-python fluxclip
+    train ...) train as one.
     """
+    from fluxclip import distributed
     from fluxclip.training import recipe as recipes
     from fluxclip.training.loop import train
+    from fluxclip.training.plan import plan
 
     command = shlex.join(["fluxclip", *sys.argv[1:]])
     changes = list(set or ())
@@ -44,8 +50,17 @@ def train(
         init = f"{Path(name).absolute()}{mark}{tower}" if Path(name).is_dir() else init
         changes.append(f"init={init}")
     settings = recipes.read(recipe, changes)
+    if dry_run:
+        found = plan(settings)
+        print("\n".join([*found.lines, *map(str, found.missing)]))
+        if found.missing:
+            raise FileNotFoundError(
+                f"{recipe}: {len(found.missing)} files, listed above, not found"
+            )
+        return
     folder = train(settings, resume=resume, console=console("stderr"), command=command)
-    print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
+    if distributed.rank() == 0:
+        print(f"best model: {folder / 'best'}\nlast model: {folder / 'last'}")
 
 
 @eval_app.callback()

@@ -24,7 +24,7 @@ from fluxclip.data.sources.annotations import Record
 from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.settings import settings
 from fluxclip.tokens.budget import Draw, FluxSampling
-from fluxclip.video import Clip, VideoError, VideoInfo, is_image, probe, read_clip
+from fluxclip.video import Clip, VideoError, VideoInfo, probe, read_clip
 from fluxclip.video.framing import pixel_span
 from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
 from fluxclip.video.transforms import flip, resize, to_float
@@ -140,12 +140,25 @@ class Sample(NamedTuple):
 
 
 class Steps(Dataset[Step]):
-    """The steps of a run, by number. Each epoch of a source is a new order of all its records."""
+    """The steps of a run, by number. Each epoch of a source is a new order of all its records.
+
+    rank, world_size: of several processes each has an equal part of every source's pairs; together
+    they have the pairs, crops and frames that one process alone has. ValueError for a batch that
+    cannot be shared evenly.
+    """
 
     def __init__(
-        self, sources: Sequence[Source], sampling: FluxSampling, augment: Augment, *, seed: int
-    ) -> None:
+        self, sources: Sequence[Source], sampling: FluxSampling, augment: Augment, *, seed: int,
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
         self.sources, self.sampling, self.augment, self.seed = sources, sampling, augment, seed
+        self.rank, self.world_size = rank, world_size
+        for number, source in enumerate(sources):
+            if source.batch % world_size:
+                raise ValueError(
+                    f"data.{number}.batch, {source.batch} pairs a step, is not shared evenly by "
+                    f"{world_size} processes: make it a multiple of {world_size}"
+                )
 
     @property
     def num_pairs(self) -> int:
@@ -160,7 +173,7 @@ class Steps(Dataset[Step]):
                 source, index, np.random.default_rng([self.seed, number, s, slot]), draw, unreadable
             )
             for s, source in enumerate(self.sources)
-            for slot, index in enumerate(self.order(s, number))
+            for slot, index in self._own(self.order(s, number))
         ]
         by_kind: dict[tuple[int, bool], list[Sample]] = {}
         for sample in samples:
@@ -168,6 +181,11 @@ class Steps(Dataset[Step]):
             by_kind.setdefault(kind, []).append(sample)
         batches = [_batch(group) for _, group in sorted(by_kind.items(), reverse=True)]
         return Step(number, draw, tuple(batches), unreadable)
+
+    def _own(self, indices: list[int]) -> list[tuple[int, int]]:
+        """(slot, index) of this process's part of a source's records in a step."""
+        size = len(indices) // self.world_size
+        return list(enumerate(indices))[self.rank * size : (self.rank + 1) * size]
 
     def order(self, source: int, step: int) -> list[int]:
         """Records of a source that a step uses: consecutive places in the epochs' orders."""
@@ -201,7 +219,7 @@ class Steps(Dataset[Step]):
         crop = random_crop(rng, scale=a.crop_area, ratio=a.crop_aspect, aspect=aspect)
         mirror = a.flip and rng.random() < 0.5 and not _says_side(record.captions)
         spread = random_per_part if a.vary_time else _at_middles
-        shares_T = spread(0.0, 1.0, 1 if is_image(record.video) else draw.num_frames, rng)
+        shares_T = spread(0.0, 1.0, 1 if record.is_still else draw.num_frames, rng)
         frames = self._frames(source, index, shares_T, draw.side, crop)
         if mirror:
             frames = flip(frames[None], torch.tensor([True]))[0]
@@ -223,7 +241,7 @@ class Steps(Dataset[Step]):
         path = source.records[index].video
         cached = source.clip(index)
         if cached is None:
-            if is_image(path):
+            if source.records[index].is_still:
                 clip = read_clip(path, num_frames=1, side=side, crop=crop)
             else:
                 times_s = shares_T * source.info(index).duration_s

@@ -1,9 +1,10 @@
 """States on disk: names and tensors and where the run stands, whole or not there at all.
 
 A state is a folder state/step-N: tensors.safetensors, whose names are `parameters/NAME`,
-`exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` for a parameter NAME, and `random/DEVICE`; and
-state.json, which is a `Progress`. Whatever trains a model gives and takes these names, so a state
-does not depend on what wrote it. Nothing in it is a pickle.
+`exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` for a parameter NAME; and state.json, which is a
+`Progress`. Nothing random is in it: draws are functions of seed, step and process. Whatever trains
+a model gives and takes these names, so a state does not depend on what wrote it. Nothing in it is
+a pickle.
 """
 
 import json
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, field
 from pathlib import Path
 
-import torch
 from pydantic import NonNegativeFloat, NonNegativeInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,6 +24,7 @@ from torch import Tensor
 from fluxclip.settings import parse, settings
 
 FORMAT = 1
+_OLDER = "random/"  # what earlier versions kept besides
 KEPT = 2  # states; the second is there in case the disk damages the first
 
 
@@ -95,43 +96,24 @@ def read_progress(path: Path) -> Progress:
 def read_tensors(path: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a state, on the CPU, with the names and shapes of `expected` exactly.
 
-    Random states are not compared: a machine with other devices has others. Raises ValueError,
-    one line, that names what is missing, unexpected or misshapen.
+    Raises ValueError, one line, that names what is missing, unexpected or misshapen.
     """
     try:
         found = load_file(path / "tensors.safetensors")
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
-    compared = {name for name in found if not name.startswith("random/")}
-    wrong = [f"missing {name}" for name in sorted(expected.keys() - compared)]
-    wrong += [f"unexpected {name}" for name in sorted(compared - expected.keys())]
+    found = {name: tensor for name, tensor in found.items() if not name.startswith(_OLDER)}
+    wrong = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     wrong += [
         f"{name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in compared and found[name].shape != tensor.shape
+        if name in found and found[name].shape != tensor.shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path} is no state of this run: {'; '.join(wrong[:3])}{more}")
     return found
-
-
-def random_state() -> dict[str, Tensor]:
-    """The state of torch's global generators by device; nothing in training uses another one."""
-    state = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        for i, tensor in enumerate(torch.cuda.get_rng_state_all()):
-            state[f"random/cuda-{i}"] = tensor
-    return state
-
-
-def set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Set the generators of the devices that are here to what `random_state` gave, if it did."""
-    if "random/cpu" in tensors:
-        torch.set_rng_state(tensors["random/cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"random/cuda-{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random/cuda-{i}"], i)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Shape legend: B pairs of a step, W text feature width, D shared width.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,18 +17,22 @@ from fluxclip.training.distillation import Distillation
 from fluxclip.training.recipe import Recipe
 
 
-class Forward:
+class Forward(nn.Module):
     """Clips and stills of a step in one contrast, once per token budget.
 
+    With several processes each one has its own pairs of the step, and the contrast is over those of
+    all: the mean over processes of the gradients is the gradient of one process with all pairs.
     Features of a frozen text tower are computed once per caption, here, and looked up later.
     `distillation`: heads that are trained with the model, where a source has a teacher.
     Raises ValueError for negatives "all" with a text tower that is trained.
     """
 
     def __init__(self, model: FluxCLIP, sources: Sequence[Source], recipe: Recipe) -> None:
+        super().__init__()
         self.model, self.recipe = model, recipe
-        self.objective = plugins.load("fluxclip.training.objectives", recipe.objective).loss
         self.device = next(model.parameters()).device
+        made = plugins.load("fluxclip.training.objectives", recipe.objective).make()
+        self.objective: nn.Module = made.to(self.device)
         self.rows: dict[str, int] = {}
         records = [record for source in sources for record in source.records]
         if model.text_is_frozen:
@@ -38,14 +43,20 @@ class Forward:
         self.distillation = _distillation(model, sources)
 
     @property
-    def modules(self) -> nn.ModuleDict:
-        """All that is trained, or goes with it: the model, and the heads beside it."""
-        modules = nn.ModuleDict({"model": self.model})
-        if self.distillation is not None:
-            modules["distillation"] = self.distillation
-        return modules
+    def some_unused(self) -> bool:
+        """Whether a step may leave out some of what is trained."""
+        return self.distillation is not None or bool(self.model.config.video.projector_budgets)
 
-    def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
+    def state(self) -> dict[str, Tensor]:
+        """All weights, parameters/NAME, but those of a text tower that is only referred to."""
+        referred = "model.text." if self.model.text_is_frozen else "\0"
+        return {
+            f"parameters/{name}": tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith(referred)
+        }
+
+    def forward(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         """The loss of a step, and its parts by name."""
         settings = self.model.preprocess
         # a scorer that draws tokens at random draws anew in each step, and the same in a repeat
@@ -67,13 +78,16 @@ class Forward:
         captions = [caption for batch in step.batches for caption in batch.captions]
         names = [name for batch in step.batches for name in batch.names]
         text_BD = self.model.project_text(self._text_features(captions))
-        same_BB = (_equal(names) | _equal(captions)).to(self.device)
+        labels_BK = torch.tensor(
+            [[_label(n), _label(c)] for n, c in zip(names, captions, strict=True)]
+        )
         loss: Tensor
         # in bf16, scaled cosines near 100 are half a unit apart: hard negatives would blur
         with torch.autocast(self.device.type, enabled=False):
             loss, parts = self.objective(
-                views_BD, text_BD, self.model.logit_scale, same_BB, align=self.recipe.flux.align
-            )
+                views_BD, text_BD, self.model.logit_scale, labels_BK.to(self.device),
+                align=self.recipe.flux.align, negatives=self.recipe.rows,
+            )  # fmt: skip
             if self.recipe.negatives == "all":
                 named = self._against_all_names(views_BD, names)
                 loss, parts["named"] = loss + named, named.item()
@@ -138,8 +152,6 @@ def _distillation(model: FluxCLIP, sources: Sequence[Source]) -> Distillation | 
     return heads.to(next(model.parameters()).device)
 
 
-def _equal(texts: Sequence[str]) -> Tensor:
-    """bool (B, B): which of the texts are the same."""
-    numbers: dict[str, int] = {}
-    ids = torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts])
-    return ids[:, None] == ids[None]
+def _label(text: str) -> int:
+    """A number that is equal for equal texts only, in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)

@@ -1,14 +1,20 @@
 """Pre-training: a recipe in, a run folder with the best and the last model out."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
+from fluxclip import distributed, plugins
 from fluxclip.data import loader
 from fluxclip.data.sources import annotations
 from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.training import optimizer
+from fluxclip.training import recipe as recipes
+from fluxclip.training.engines import Engine
 from fluxclip.training.forward import Forward
 from fluxclip.training.monitor import Monitor
 from fluxclip.training.recipe import Recipe
@@ -16,6 +22,7 @@ from fluxclip.training.run_folder import RunFolder
 from fluxclip.training.signals import StopSignals
 from fluxclip.training.validation import Validation
 
+MOST_SKIPPED = 10  # steps in a row whose loss or gradient is no number
 MOST_UNREADABLE = 0.1  # share of the files; above it a run is another run than was asked for
 
 
@@ -33,55 +40,95 @@ def train(
     ValueError for data that cannot be read or a run that cannot be resumed, OSError for a disk
     that is full, FloatingPointError if the loss stops being a number.
     """
-    run = RunFolder(recipe, command=command, resume=resume)
-    if run.is_finished:
-        (console or Console()).print(f"{run.path} is finished", highlight=False, markup=False)
-        return run.path
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with distributed.together(tensors="device"):
+        run, data, validation = _checked(recipe, command=command, resume=resume)
+        if run.is_finished:
+            if distributed.rank() == 0:
+                console = console or Console()
+                console.print(f"{run.path} is finished", highlight=False, markup=False)
+            return run.path
+        _run(recipe, run, data, validation, console)
+    return run.path
+
+
+def _checked(
+    recipe: Recipe, *, command: str, resume: bool
+) -> tuple[RunFolder, loader.Steps, Validation]:
+    """The run's folder and data in every process; what is wrong in one of them stops all."""
+    made: list[tuple[RunFolder, loader.Steps, Validation]] = []
+
+    def make() -> str:
+        run = RunFolder(recipe, command=command, resume=resume)
+        made.append((run, dataset(recipe), Validation(recipe.validation)))
+        return recipes.to_toml(recipe)
+
+    recipes_of_all = distributed.gather_results(make)
+    distributed.gather_results(lambda: _require_same(recipes_of_all))
+    return made[0]
+
+
+def _require_same(recipes_of_all: Sequence[str]) -> None:
+    for rank, other in enumerate(recipes_of_all):
+        pairs = zip(recipes_of_all[0].splitlines(), other.splitlines(), strict=False)
+        if differ := [f"{one!r} and {two!r}" for one, two in pairs if one != two]:
+            raise ValueError(
+                f"the processes 0 and {rank} of this job have different recipes: {differ[0]}"
+            )
+
+
+def _run(
+    recipe: Recipe, run: RunFolder, data: loader.Steps, validation: Validation,
+    console: Console | None,
+) -> None:  # fmt: skip
+    device = torch.device(distributed.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
-    data = dataset(recipe)
-    validation = Validation(recipe.validation)
     torch.manual_seed(recipe.seed)
     model = recipe.build().to(device)
     forward = Forward(model, data.sources, recipe)
     o = recipe.optimizer
-    adamw = optimizer.build(
-        forward.modules, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, muon=o.muon
-    )
-    run.start(forward.modules, adamw)
+    engine: Engine = plugins.load("fluxclip.training.engines", recipe.engine).make(forward, o)
+    run.start(engine)
     start, best, unreadable = run.progress.step, run.progress.best, dict(run.progress.unreadable)
+    skipped = 0  # steps in a row
     with (
         Monitor(
-            run.path, steps=o.steps, start=start, seconds=run.progress.seconds, console=console
+            run.path, steps=o.steps, start=start, seconds=run.progress.seconds, console=console,
+            silent=distributed.rank() > 0,
         ) as monitor,
         StopSignals() as stop,
-    ):
+    ):  # fmt: skip
         monitor.say(f"{run.path}: {data.num_pairs} pairs\n{recipe.sampling()}")
-        if resume:
+        if start:
             monitor.say(f"resumed after step {start} of {o.steps}")
         saved_s = monitor.seconds
         for step in loader.steps(data, start=start, stop=o.steps, workers=recipe.workers):
-            if step.number == start:
-                # only now: starting the loader draws from torch's global generator
-                run.set_random_state()
             _note_unreadable(step, unreadable, data, monitor)
             lr = optimizer.learning_rate(
                 step.number, steps=o.steps, warmup_steps=o.warmup_steps, lr=o.lr,
                 final_lr=o.final_lr,
             )  # fmt: skip
+            _seed(recipe.seed, step.number)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, parts = forward(step)
-            if not torch.isfinite(loss):
+                loss, parts = engine.loss(step)
+            # of all processes, so that all of them skip, stop and save at the same step
+            numbers = distributed.mean(
+                {"loss": loss.item(), **parts, "stop": float(stop.received is not None),
+                 "save": float(monitor.seconds - saved_s >= 60 * recipe.save_minutes)}
+            )  # fmt: skip
+            stopped, due = numbers.pop("stop") > 0, numbers.pop("save") > 0
+            norm = engine.step_down(loss, lr=lr) if math.isfinite(numbers["loss"]) else math.nan
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped == MOST_SKIPPED:
                 raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {step.number}: try a lower optimizer.lr; "
-                    f"the best model so far, if any, is in {run.path / 'best'}"
+                    f"the loss or its gradient is no number in {skipped} steps in a row, the last "
+                    f"{step.number}: try a lower optimizer.lr; the best model so far, if any, is "
+                    f"in {run.path / 'best'}"
                 )
-            norm = optimizer.step_down(adamw, forward.modules, loss, lr=lr, clip_norm=o.clip_norm)
             model.clamp_scale()
             monitor.step(
-                step.number, pairs=step.num_pairs, loss=loss.item(), lr=lr,
-                gradient_norm=norm, logit_scale=model.logit_scale.item(),
-                num_frames=step.draw.num_frames, side=step.draw.side, **parts,
+                step.number, pairs=step.num_pairs * distributed.world_size(), lr=lr,
+                gradient_norm=norm, logit_scale=model.logit_scale.item(), skipped=skipped,
+                num_frames=step.draw.num_frames, side=step.draw.side, **numbers,
             )  # fmt: skip
             done = step.number + 1
             validated = done % recipe.validation.every == 0 or done == o.steps
@@ -94,17 +141,24 @@ def train(
             if done == o.steps:
                 run.save("last", model, step=done, seconds=monitor.seconds, scores=scores)
             # after best/ and last/: a kill between them and the state makes them again
-            if validated or stop.received or monitor.seconds - saved_s >= 60 * recipe.save_minutes:
+            if validated or stopped or due:
                 monitor.flush()
                 run.save_state(
-                    forward.modules, adamw, step=done, best=best, seconds=monitor.seconds,
-                    unreadable=unreadable,
-                )  # fmt: skip
+                    engine, step=done, best=best, seconds=monitor.seconds, unreadable=unreadable
+                )
                 saved_s = monitor.seconds
-            if stop.received:
+            if stopped:
                 monitor.say(f"stopped after step {done} of {o.steps}; --resume goes on from there")
                 stop.leave()
-    return run.path
+
+
+def _seed(seed: int, step: int) -> None:
+    """Make what a step draws at random a function of seed, step and process.
+
+    So a resumed run draws as one that was never stopped, and nothing random has to be saved.
+    """
+    sequence = np.random.SeedSequence([seed, step, distributed.rank()])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def _note_unreadable(
@@ -132,4 +186,7 @@ def dataset(recipe: Recipe) -> loader.Steps:
         for s in recipe.data
         for records in (annotations.read(s.annotations),)
     ]  # fmt: skip
-    return loader.Steps(sources, recipe.sampling(), recipe.augment, seed=recipe.seed)
+    return loader.Steps(
+        sources, recipe.sampling(), recipe.augment, seed=recipe.seed,
+        rank=distributed.rank(), world_size=distributed.world_size(),
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """What a run shows while it goes: a progress bar, metrics.jsonl and tensorboard."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -19,26 +20,30 @@ class Monitor:
 
     metrics.jsonl has one JSON object per line with "step", "seconds" of training, and the numbers
     given; tensorboard files stand beside it. A run that goes on after `start` steps and `seconds`
-    of training loses what an earlier part of it logged beyond them.
+    of training loses what an earlier part of it logged beyond them. silent: write and show nothing,
+    as all processes of a job but one do.
     """
 
     def __init__(
         self, folder: Path, *, steps: int, start: int = 0, seconds: float = 0.0,
-        console: Console | None = None,
+        console: Console | None = None, silent: bool = False,
     ) -> None:  # fmt: skip
+        self.silent = silent
         self.path, self.start = folder / "metrics.jsonl", start
         self.started = time.monotonic() - seconds
         self.console = console or Console()
         self.progress = Progress(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), TextColumn("left"),
-            console=self.console, disable=not self.console.is_terminal,
+            console=self.console, disable=silent or not self.console.is_terminal,
         )  # fmt: skip
         self._last = 0.0
         self._loss: float | None = None
         self.task = self.progress.add_task("train", total=steps, completed=start, numbers="")
 
     def __enter__(self) -> "Monitor":
+        if self.silent:
+            return self
         from torch.utils.tensorboard import SummaryWriter
 
         with ExitStack() as closing, writing(self.path):
@@ -60,7 +65,8 @@ class Monitor:
     ) -> None:  # fmt: skip
         # lines are flushed as they are written: on a full disk closing fails as the last one did
         with suppress(OSError):
-            self._closing.close()
+            if not self.silent:
+                self._closing.close()
 
     @property
     def seconds(self) -> float:
@@ -73,8 +79,9 @@ class Monitor:
         self._last = now
         self._write(number, {"loss": loss, "clips_per_s": rate, **numbers})
         # a single step's loss is noise to the eye: the bar shows a moving average
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        shown = f"loss {self._loss:.3f}  {rate:.0f} clips/s"
+        if math.isfinite(loss):
+            self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        shown = f"loss {self._loss or math.nan:.3f}  {rate:.0f} clips/s"
         self.progress.update(self.task, completed=number + 1, numbers=shown)
 
     def validated(self, number: int, scores: dict[str, float]) -> None:
@@ -84,7 +91,11 @@ class Monitor:
         self._last = self.seconds
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
-        row = {"step": step, "seconds": round(self.seconds, 3), **numbers}
+        if self.silent:
+            return
+        # JSON has no NaN
+        known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        row = {"step": step, "seconds": round(self.seconds, 3), **known}
         with writing(self.path):
             self.metrics.write(json.dumps(row) + "\n")
             self.metrics.flush()
@@ -93,12 +104,15 @@ class Monitor:
 
     def flush(self) -> None:
         """Write what tensorboard holds back: a state must not know of more than the logs."""
+        if self.silent:
+            return
         with writing(self.path):
             self.tensorboard.flush()
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        self.progress.console.print(line, highlight=False, markup=False)
+        if not self.silent:
+            self.progress.console.print(line, highlight=False, markup=False)
 
 
 @contextmanager

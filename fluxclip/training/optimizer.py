@@ -54,23 +54,32 @@ def build(
     model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float,
     muon: float = 0.0,
 ) -> torch.optim.AdamW:  # fmt: skip
-    """AdamW, or Muon for some, over the groups above; `step_down` sets the rate of each step."""
+    """AdamW, or Muon for some, over the groups above; `set_rate` sets the rate of each step."""
     groups = parameter_groups(model, weight_decay=weight_decay, muon=muon)
     kind = Muon if muon else torch.optim.AdamW
     return kind(groups, lr=lr, betas=betas, eps=1e-6, fused=True)
 
 
-def step_down(
-    adamw: torch.optim.AdamW, model: nn.Module, loss: Tensor, *, lr: float, clip_norm: float
-) -> float:
-    """One step at rate `lr` along the gradients of a loss; returns their norm before it was cut."""
+def set_rate(adamw: torch.optim.Optimizer, lr: float) -> None:
+    """Make `lr` the rate of the next step, each group scaled as it wants."""
     for group in adamw.param_groups:
         group["lr"] = lr * group["scale"]
+
+
+def step_down(
+    adamw: torch.optim.Optimizer, model: nn.Module, loss: Tensor, *, lr: float, clip_norm: float
+) -> float:
+    """One step at rate `lr` along the gradients of a loss; returns their norm before it was cut.
+
+    Where the norm is no number, there is no step.
+    """
+    set_rate(adamw, lr)
     adamw.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    adamw.step()
-    return norm.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    if math.isfinite(norm):
+        adamw.step()
+    return norm
 
 
 def moments(adamw: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:

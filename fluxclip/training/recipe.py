@@ -135,6 +135,9 @@ class Recipe:
     precision: "auto" is bf16 on a GPU, fp32 on a CPU.
 
     save_as: number type of the weights in the model folders. workers: processes that decode.
+    engine: "plain", a file in fluxclip/training/engines, or a dotted name.
+    rows: of a contrast over several processes, "local" computes in each one its own, "full" all of
+    them; the gradients are equal.
     negatives: "all" also sets each clip against the names (first captions) of all records.
     distillation: weight of the distance to the teacher, for the data that have one.
     distillation_steps: so many steps at first learn from the teacher alone, captions come after.
@@ -151,6 +154,8 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     objective: str = "contrastive"
     negatives: Literal["step", "all"] = "step"
+    rows: Literal["local", "full"] = "local"
+    engine: str = "plain"
     distillation: NonNegativeFloat = 1.0
     distillation_steps: NonNegativeInt = 0
     init: str = ""

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fluxclip import __version__
+from fluxclip import __version__, distributed
 from fluxclip.model import weights
 from fluxclip.model.fluxclip import FluxCLIP
-from fluxclip.training import checkpoint, optimizer
+from fluxclip.training import checkpoint
 from fluxclip.training import recipe as recipes
 from fluxclip.training.checkpoint import Progress
+from fluxclip.training.engines import Engine
 from fluxclip.training.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -37,7 +37,6 @@ class RunFolder:
         self.recipe, self.path = recipe, Path(recipe.output)
         self.progress = Progress(command=command or "fluxclip.training.loop.train")
         self._resumed: Path | None = None
-        self._random: dict[str, Tensor] = {}
         if resume:
             self._resumed = self._newest_state()
             self.progress = checkpoint.read_progress(self._resumed)
@@ -51,7 +50,7 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.progress.step >= self.recipe.optimizer.steps
 
-    def start(self, modules: nn.ModuleDict, adamw: torch.optim.AdamW) -> None:
+    def start(self, engine: Engine) -> None:
         """Write the resolved recipe of a new run, or put the state of a resumed one in place.
 
         Raises ValueError if annotations have changed since, or if the state is of another model.
@@ -63,6 +62,8 @@ class RunFolder:
         }
         if self._resumed is None:
             self.progress = replace(self.progress, annotations=digests)
+            if distributed.rank() > 0:
+                return
             with checkpoint.writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 partial = self.path / "recipe.toml.partial"
@@ -74,29 +75,20 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} cannot be resumed: the file of {key} has changed since it started"
                 )
-        expected = _parameters(modules) | optimizer.moments(adamw, modules)
-        tensors = checkpoint.read_tensors(self._resumed, expected=expected)
-        with torch.no_grad():
-            for name, own in _parameters(modules).items():
-                own.copy_(tensors[name])
-        optimizer.set_moments(adamw, modules, tensors)
-        self._random = {name: t for name, t in tensors.items() if name.startswith("random/")}
-
-    def set_random_state(self) -> None:
-        """Set torch's generators to where they were in the state of a resumed run."""
-        checkpoint.set_random_state(self._random)
+        engine.load_state(checkpoint.read_tensors(self._resumed, expected=engine.state()))
 
     def save_state(
-        self, modules: nn.ModuleDict, adamw: torch.optim.AdamW, *, step: int, best: float | None,
-        seconds: float, unreadable: dict[str, str],
+        self, engine: Engine, *, step: int, best: float | None, seconds: float,
+        unreadable: dict[str, str],
     ) -> None:  # fmt: skip
         """Save all that the run needs to go on after `step` steps as if it had never stopped."""
-        progress = replace(
-            self.progress, step=step, best=best, seconds=seconds, unreadable=unreadable
-        )
-        moments = optimizer.moments(adamw, modules)
-        tensors = _parameters(modules) | moments | checkpoint.random_state()
-        checkpoint.save(self.path / "state", progress, tensors=tensors)
+        tensors = engine.state()
+        of_all = {path: why for own in distributed.gather(unreadable) for path, why in own.items()}
+        if distributed.rank() == 0:
+            progress = replace(
+                self.progress, step=step, best=best, seconds=seconds, unreadable=of_all
+            )
+            checkpoint.save(self.path / "state", progress, tensors=tensors)
 
     def _newest_state(self) -> Path:
         if not (self.path / "recipe.toml").exists():
@@ -126,6 +118,8 @@ class RunFolder:
         self, name: str, model: FluxCLIP, *, step: int, seconds: float, scores: dict[str, float]
     ) -> None:
         """Write the model folder `name` with its card; scores are those after `step` steps."""
+        if distributed.rank() > 0:
+            return
         card = _card(self, model, step=step, seconds=seconds, scores=scores)
         folder = self.path / name
         with checkpoint.writing(folder):
@@ -135,17 +129,6 @@ class RunFolder:
                 for partial in folder.glob("*.partial"):  # may be what a full disk lacks
                     partial.unlink()
                 raise
-
-
-def _parameters(modules: nn.ModuleDict) -> dict[str, Tensor]:
-    """The weights of all modules by their names in a state; not those of a referred text tower."""
-    return {
-        f"parameters/{kind}.{name}": tensor
-        for kind, module in modules.items()
-        for name, tensor in (
-            weights.own_state(module) if isinstance(module, FluxCLIP) else module.state_dict()
-        ).items()
-    }
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

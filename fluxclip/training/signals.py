@@ -42,6 +42,8 @@ class StopSignals:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+        if os.environ.get("RANK", "0") != "0":
+            return
         # not through a console or sys.stderr: a handler may run in the middle of their writing
         with suppress(OSError):
             os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")

@@ -105,16 +105,6 @@ def test_what_fails_to_be_written_leaves_what_was_there(
     assert bits(found["exp_avg/w"]) == bits(tensors["exp_avg/w"])
 
 
-def test_random_numbers_go_on_where_they_were() -> None:
-    torch.manual_seed(1)
-    torch.rand(3)
-    state = checkpoint.random_state()
-    expected = torch.rand(5)
-    torch.manual_seed(2)
-    checkpoint.set_random_state(state)
-    assert torch.equal(torch.rand(5), expected)
-
-
 def test_adamw_goes_on_as_if_it_had_never_stopped() -> None:
     """With a parameter that has no gradient, and so no moments, until after the break."""
 

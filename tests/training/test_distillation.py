@@ -124,7 +124,7 @@ def test_the_first_steps_learn_from_the_teacher_alone(taught: list[str]) -> None
     later = replace(step, number=1)
     moved = []
     for each in (step, later):
-        forward.modules.zero_grad()
+        forward.zero_grad()
         forward(each)[0].backward()
         head = forward.model.video_projection[1].weight.grad
         trunk = forward.model.video.blocks[0].attn.qkv.weight.grad

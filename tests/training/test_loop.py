@@ -1,6 +1,7 @@
 """Training for real: a few steps on real clips, and what a run leaves behind."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fluxclip.model import weights
 from fluxclip.training import recipe as recipes
 from fluxclip.training.forward import Forward
 from fluxclip.training.loop import dataset, train
+from fluxclip.training.monitor import Monitor
 from fluxclip.training.validation import Validation
 
 
@@ -109,8 +111,19 @@ def test_the_text_tower_stays_as_it_was(changes: list[str]) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_so(changes: list[str]) -> None:
     wild = [*changes, "optimizer.lr=1e30", "optimizer.warmup_steps=0", "optimizer.clip_norm=1e30"]
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+: try a lower"):
+    with pytest.raises(
+        FloatingPointError, match=r"no number in 10 steps in a row, the last \d+: try"
+    ):
         train(read(wild), console=QUIET)
+
+
+def test_metrics_are_json_where_a_step_was_skipped(tmp_path: Path) -> None:
+    with Monitor(tmp_path, steps=2, console=QUIET) as monitor:
+        monitor.step(0, pairs=4, loss=math.nan, gradient_norm=math.inf, skipped=1)
+        monitor.step(1, pairs=4, loss=2.0, gradient_norm=1.0, skipped=0)
+    broken, whole = metrics(tmp_path)
+    assert broken["loss"] is broken["gradient_norm"] is None
+    assert (broken["skipped"], whole["loss"]) == (1, 2.0)
 
 
 @pytest.mark.parametrize(

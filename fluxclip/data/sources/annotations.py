@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxclip.video import is_image
+
 _SHOWN = 3  # missing files named in an error
 
 
@@ -24,6 +26,11 @@ class Record:
     video: Path
     captions: tuple[str, ...]
     family: str | None
+
+    @property
+    def is_still(self) -> bool:
+        """Whether the file is a picture, by its name."""
+        return is_image(self.video)
 
 
 def read(path: str | Path, *, check_files: bool = True, folder: Path | None = None) -> list[Record]:

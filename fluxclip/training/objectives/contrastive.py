@@ -1,50 +1,68 @@
-"""Objective `contrastive`: every budget's view against the text, smaller views against the largest.
+"""Objective `contrastive`: InfoNCE, a clip against all captions and a caption against all clips.
 
-Shape legend: V views (token budgets, the largest first), B pairs, D shared width.
+Shape legend: B pairs of this rank, N pairs of all ranks, R clips that this rank computes (B or N),
+C captions of a chunk, K kinds of labels, W ranks, D shared width.
 """
 
-from collections.abc import Sequence
+from functools import reduce
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from fluxclip.distributed import exchange_rows
+from fluxclip.training.objectives._views import (
+    ViewsAgainstText,
+    are_right,
+    best,
+    best_of_chunks,
+    by_columns,
+)
 
 
-def loss(
-    views_BD: Sequence[Tensor], text_BD: Tensor, scale: Tensor, same_BB: Tensor, *, align: float
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a step, and its parts by name for the log.
-
-    views_BD: unit vectors of the same clips, one tensor per budget, the largest budget first.
-    text_BD: unit vectors of their captions. scale: 1 / temperature. same_BB: bool, True where
-    caption j is right for clip i (the diagonal at least).
-    Flux-Multi (arXiv 2503.14237): the mean of the views' InfoNCE plus `align` times the distance
-    of the smaller views to the largest, which is not pulled towards them.
-    """
-    target_BB = same_BB / same_BB.sum(1, keepdim=True)
-    losses = [info_nce(view_BD, text_BD, scale, target_BB) for view_BD in views_BD]
-    total = torch.stack(losses).mean()
-    parts = {f"contrast_{i}": value.item() for i, value in enumerate(losses)}
-    if align and len(views_BD) > 1:
-        largest_BD = views_BD[0].detach()
-        distance = torch.stack([alignment(view, largest_BD) for view in views_BD[1:]]).mean()
-        total = total + align * distance
-        parts["align"] = distance.item()
-    return total, parts
+def make() -> nn.Module:
+    """The objective; it has no parameters."""
+    return InfoNCE()
 
 
-def info_nce(video_BD: Tensor, text_BD: Tensor, scale: Tensor, target_BB: Tensor) -> Tensor:
+class InfoNCE(ViewsAgainstText):
     """Symmetric InfoNCE: cross-entropy of scaled cosines, over texts and over videos, averaged.
 
-    target_BB: rows of non-negative weights that sum to 1; symmetric positives keep it right for
-    both directions (the parent system's soft targets for equal samples, arXiv 2403.15377).
+    Several right answers share the target equally (the parent system's soft targets for equal
+    samples, arXiv 2403.15377).
     """
-    logits_BB = scale * video_BD @ text_BD.T
-    to_text = F.cross_entropy(logits_BB, target_BB)
-    to_video = F.cross_entropy(logits_BB.T, target_BB)
-    return (to_text + to_video) / 2
 
+    def contrast(
+        self, view_RD: Tensor, text_ND: Tensor, labels_RK: Tensor, labels_NK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over this rank's pairs of both cross-entropies; (R,) whether the best is right.
 
-def alignment(view_BD: Tensor, largest_BD: Tensor) -> Tensor:
-    """Mean of 1 - cosine between unit vectors of a smaller and the largest budget."""
-    return (1 - (view_BD * largest_BD).sum(-1)).mean()
+        A rank computes the rows of its clips only. What they hold of the sum of a caption's
+        column goes to the rank whose caption it is, so no logit is computed by two ranks.
+        """
+
+        def chunk(text_CD: Tensor, labels_CK: Tensor) -> tuple[Tensor, ...]:
+            logits_RC = view_RD @ text_CD.T
+            right_RC = are_right(labels_RK, labels_CK)
+            inside_RC = logits_RC.masked_fill(~right_RC, 0)
+            return (
+                logits_RC.logsumexp(1), logits_RC.logsumexp(0),
+                inside_RC.sum(1), inside_RC.sum(0), right_RC.sum(1),
+                *best(logits_RC, right_RC),
+            )  # fmt: skip
+
+        chunks = by_columns(chunk, text_ND, labels_NK, num_rows=len(view_RD))
+        rows, columns, inside_rows, inside_columns, right, best_R, best_is_right = zip(
+            *chunks, strict=True
+        )
+        columns_N, inside_columns_N = torch.cat(columns), torch.cat(inside_columns)
+        if len(view_RD) < len(text_ND):
+            parts_N2 = exchange_rows(torch.stack([columns_N, inside_columns_N], 1))
+            columns_WR, inside_columns_WR = parts_N2.unflatten(0, (-1, len(view_RD))).unbind(-1)
+            columns_R, inside_columns_R = columns_WR.logsumexp(0), inside_columns_WR.sum(0)
+        else:  # all rows are here, so the columns are whole
+            columns_R, inside_columns_R = columns_N, inside_columns_N
+        inside_R = reduce(torch.add, inside_rows) + inside_columns_R
+        # labels are of pairs: clip i has as many right captions as caption i right clips
+        right_R = reduce(torch.add, right)
+        loss = (reduce(torch.logaddexp, rows) + columns_R - inside_R / right_R).mean() / 2
+        return loss, best_of_chunks(best_R, best_is_right)

@@ -1,0 +1,163 @@
+"""What a recipe would train, on what and at what cost, found out before any step is spent."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxclip import distributed
+from fluxclip.data.sources import annotations
+from fluxclip.model.fluxclip import FluxCLIP
+from fluxclip.training.recipe import Recipe
+
+# a training step is a forward and a backward pass, and the latter is twice the work
+_PASSES = 3
+
+
+@dataclass
+class Plan:
+    """Lines to read, and the files that a run would miss."""
+
+    lines: list[str] = field(default_factory=list)
+    missing: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records of a [[data]] section, how many are in a step, and how many of these are pictures."""
+
+    name: str
+    num_records: int
+    batch: int
+    num_stills: float
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Read the recipe's files and build its model, write nothing.
+
+    The work is that of the video tower, by its own count. The memory of activations is measured on
+    one clip, in fp32 (bf16 takes about half), and multiplied; what a step needs beyond what the
+    backward pass keeps is not in it. Raises ValueError for files that are there and wrong.
+    """
+    found = Plan()
+    sources = list(_sources(recipe, found.missing))
+    model = recipe.build()
+    found.lines += _parameters(model, recipe)
+    o = recipe.optimizer
+    for source in sources:
+        epochs = o.steps * source.batch / source.num_records
+        found.lines.append(
+            f"data: {source.name}, {source.num_records:,} records, {source.batch} a step, "
+            f"{epochs:,.1f} epochs"
+        )
+    if not sources:
+        return found
+    pairs = sum(source.batch for source in sources)
+    found.lines.append(f"steps: {o.steps:,} of {pairs:,} pairs, {o.steps * pairs:,} in all")
+    found.lines.append(str(recipe.sampling()))
+    found.lines += _work(model, recipe, sources)
+    found.lines.append(_memory(model, recipe, pairs))
+    return found
+
+
+def _sources(recipe: Recipe, missing: list[Path]) -> Iterator[Source]:
+    """The sources whose annotations are there; files that are not, validation's too, are noted."""
+    for section in recipe.data:
+        records = _records(section.annotations, missing)
+        if section.teacher and not Path(section.teacher).is_file():
+            missing.append(Path(section.teacher))
+        if records:
+            stills = sum(record.is_still for record in records) / len(records)
+            name = Path(section.annotations).name
+            yield Source(name, len(records), section.batch, stills * section.batch)
+    _records(recipe.validation.annotations, missing)
+
+
+def _records(path: str, missing: list[Path]) -> list[annotations.Record]:
+    if not Path(path).exists():
+        missing.append(Path(path))
+        return []
+    records = annotations.read(path, check_files=False)
+    videos = dict.fromkeys(record.video for record in records)
+    missing += [video for video in videos if not video.is_file()]
+    return records
+
+
+def _parameters(model: FluxCLIP, recipe: Recipe) -> list[str]:
+    trained: dict[str, int] = {}
+    frozen: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        own = parameter.requires_grad and not (name.startswith("text.") and model.text_is_frozen)
+        part = name.partition(".")[0].replace("_", " ")
+        counts = trained if own else frozen
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    start = f"started from {recipe.init}" if recipe.init else f"preset {recipe.model.preset}"
+    return [f"model: {start}", f"trained: {_millions(trained)}", f"frozen: {_millions(frozen)}"]
+
+
+def _millions(counts: dict[str, int]) -> str:
+    largest = sorted(counts.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{part} {n / 1e6:.2f}" for part, n in largest if n >= 5_000)
+    return f"{sum(counts.values()) / 1e6:.2f} M parameters" + (f" ({parts})" if parts else "")
+
+
+def _work(model: FluxCLIP, recipe: Recipe, sources: list[Source]) -> list[str]:
+    """Tokens and multiply-accumulates of a step, over the grids that may be drawn."""
+    stills = sum(source.num_stills for source in sources)
+    clips = sum(source.batch for source in sources) - stills
+    tokens, macs = [], []
+    for num_frames, side in recipe.sampling().admissible:
+        of_grid, work = 0.0, 0.0
+        for count, frames in ((clips, num_frames), (stills, 1)):
+            whole = model.num_tokens(frames, side)
+            for budget in set(recipe.flux.budgets):
+                kept = min(budget, whole)
+                of_grid += count * kept
+                work += count * model.video.macs(whole, kept)
+        tokens.append(of_grid)
+        macs.append(_PASSES * work)
+    share = "; what a filter drops is not taken off" if model.config.video.filter else ""
+    return [
+        f"tokens: {min(tokens):,.0f} to {max(tokens):,.0f} a step into the blocks, {_mean(tokens)}"
+        f"{share}",
+        f"work: {np.mean(macs) / 1e12:.3g} tera multiply-accumulates a step, "
+        f"{np.mean(macs) * recipe.optimizer.steps / 1e15:.3g} peta in all (video tower)",
+    ]
+
+
+def _mean(values: list[float]) -> str:
+    return f"{np.mean(values):,.0f} on average"
+
+
+def _memory(model: FluxCLIP, recipe: Recipe, pairs: int) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = 4 * sum(p.numel() for p in model.parameters()) + 3 * 4 * trained
+    world_size = distributed.world_size()
+    activations = kept_for_backward(model, recipe) * pairs / world_size
+    each = f" in each of {world_size} processes" if world_size > 1 else ""
+    return (
+        f"memory{each}: {weights / 2**30:.2f} GiB for weights, gradients and moments, about "
+        f"{activations / 2**30:.2f} GiB for activations (fp32, every pair a clip of the largest "
+        f"grid)"
+    )
+
+
+def kept_for_backward(model: FluxCLIP, recipe: Recipe) -> int:
+    """Bytes that a clip of the largest grid, at all budgets, keeps for the backward pass."""
+    num_frames, side = max(recipe.sampling().admissible, key=lambda grid: model.num_tokens(*grid))
+    frames = torch.randn(1, num_frames, side, side, 3)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept.setdefault(address, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.encode_video_views(frames, recipe.flux.budgets)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,0 +1,62 @@
+"""Dry runs: what is printed is what a run does, and every missing file is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_run import QUIET, read
+
+from fluxclip.training.loop import train
+from fluxclip.training.plan import kept_for_backward, plan
+
+
+def test_a_plan_says_what_the_run_does(changes: list[str], tmp_path: Path) -> None:
+    recipe = read([*changes, "optimizer.steps=2", "optimizer.warmup_steps=1"])
+    found = plan(recipe)
+    text = "\n".join(found.lines)
+    assert found.missing == []
+    assert not (tmp_path / "run").exists()
+    model = recipe.build()
+    trained = sum(
+        p.numel() for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith("text.")
+    )  # fmt: skip
+    assert f"trained: {trained / 1e6:.2f} M parameters (video " in text
+    assert "frozen: 22.71 M parameters (text 22.71)" in text
+    assert "data: train.json, 16 records, 8 a step, 1.0 epochs" in text
+    assert "steps: 2 of 12 pairs, 24 in all" in text
+    # clips of 8 to 64 tokens at budgets 32 and 8, stills of 4 to 16 at the same
+    assert "tokens: 160 to 416 a step into the blocks" in text
+    card = (train(recipe, console=QUIET) / "last" / "README.md").read_text()
+    assert f"{trained / 1e6:.2f} M trained" in card
+
+
+def test_what_a_clip_keeps_is_what_autograd_holds(changes: list[str]) -> None:
+    """Twice the budget, about twice the bytes; and no less than the blocks' inputs."""
+    small, large = (
+        kept_for_backward(recipe.build(), recipe)
+        for recipe in (read([*changes, f"flux.budgets=[{k}]"]) for k in (16, 32))
+    )
+    width, depth = 192, 6
+    assert large > 4 * 32 * width * depth * 4
+    assert 1.6 < large / small < 2.1
+
+
+def test_every_missing_file_is_listed(changes: list[str], tmp_path: Path) -> None:
+    records = json.loads((tmp_path / "train.json").read_text())
+    gone = [tmp_path / f"gone{i}.mp4" for i in range(5)]
+    for record, path in zip(records, gone, strict=False):
+        record["video"] = str(path)
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    (tmp_path / "val.json").unlink()
+    found = plan(read([*changes, f"data.1.teacher={tmp_path / 'teacher.safetensors'}"]))
+    assert set(found.missing) == {
+        *gone, tmp_path / "val.json", tmp_path / "teacher.safetensors"
+    }  # fmt: skip
+    assert any(line.startswith("trained: ") for line in found.lines)
+
+
+def test_wrong_files_are_an_error_as_in_a_run(changes: list[str], tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(ValueError, match="is an empty list"):
+        plan(read(changes))
