@@ -5,11 +5,12 @@ many there are; started alone it is the only one, and nothing here costs anythin
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,14 @@ def together(*, tensors: Literal["cpu", "device"] = "cpu") -> Iterator[None]:
         dist.init_process_group("gloo", timeout=_TIMEOUT[tensors])
     try:
         yield
+    except (dist.DistBackendError, RuntimeError) as error:
+        # NCCL's own kind, or gloo's, which is none but names itself
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+            raise
+        raise ConnectionError(
+            "another process of this job has ended, and this one with it; that one's last line "
+            "says why"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -72,20 +81,27 @@ def together(*, tensors: Literal["cpu", "device"] = "cpu") -> Iterator[None]:
 def gather_results(work: Callable[[], T]) -> list[T]:
     """What `work` gives in every process, in the order of their ranks; all must call it.
 
-    Where it raised ValueError or OSError in some, all processes stop: the first by that error, the
-    others by SystemExit(2), so that one line is printed.
+    Where it raised ValueError or OSError in some, all processes stop: one by that error, the
+    others by SystemExit(2), so that one line is printed. Any other error goes on where it was
+    raised, and stops the others too.
     """
     result, error = None, None
     try:
         result = work()
-    except (ValueError, OSError) as caught:
+    except Exception as caught:
         error = caught
-    for found in gather(error):
-        if found is not None:
-            if rank() == 0:
-                raise found
-            raise SystemExit(2)
+    known = error if isinstance(error, (ValueError, OSError)) else None
+    failed = [(known, error is not None)] if world_size() == 1 else gather((known, bool(error)))
+    if error is not None and known is None:
+        raise error
+    if any(is_failed for _, is_failed in failed):
+        stop_all(next((each for each, _ in failed if each is not None), SystemExit(2)))
     return gather(cast(T, result))
+
+
+def stop_all(error: BaseException) -> NoReturn:
+    """Stop every process by an error that all have: the first raises it, the others exit with 2."""
+    raise error if rank() == 0 else SystemExit(2)
 
 
 def gather(value: T) -> list[T]:
@@ -177,7 +193,10 @@ def averaging(module: "Module", *, some_unused: bool) -> "Module":
         return module
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(
-        module, broadcast_buffers=False, find_unused_parameters=some_unused,
-        gradient_as_bucket_view=True,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # torch 2.15 wants broadcast_buffers by another name, which 2.9 has not
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            module, broadcast_buffers=False, find_unused_parameters=some_unused,
+            gradient_as_bucket_view=True,
+        )  # fmt: skip

@@ -52,11 +52,12 @@ def train(
     settings = recipes.read(recipe, changes)
     if dry_run:
         found = plan(settings)
-        print("\n".join([*found.lines, *map(str, found.missing)]))
+        if distributed.rank() == 0:
+            print("\n".join([*found.lines, *map(str, found.missing)]))
         if found.missing:
-            raise FileNotFoundError(
-                f"{recipe}: {len(found.missing)} files, listed above, not found"
-            )
+            count = len(found.missing)
+            files = "1 file" if count == 1 else f"{count:,} files"
+            distributed.stop_all(FileNotFoundError(f"{recipe}: {files}, listed above, not found"))
         return
     folder = train(settings, resume=resume, console=console("stderr"), command=command)
     if distributed.rank() == 0:

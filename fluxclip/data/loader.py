@@ -90,18 +90,32 @@ class Batch:
 
     frames_BTHWC: uint8 0-255. captions: one per clip. names: the first caption of each record:
     pairs of equal name show the same thing, so they are no negatives of each other.
+    places: where each stands in the step, a number that no other pair of it has.
     teacher_BLC: float16, what a teacher's features are at each of the L tokens, if there is one.
     """
 
     frames_BTHWC: Tensor
     captions: tuple[str, ...]
     names: tuple[str, ...]
+    places: tuple[int, ...]
     teacher_BLC: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """For DataLoader: tensors where a GPU can fetch them while the CPU goes on."""
         teacher = None if self.teacher_BLC is None else self.teacher_BLC.pin_memory()
         return replace(self, frames_BTHWC=self.frames_BTHWC.pin_memory(), teacher_BLC=teacher)
+
+    def split(self, pieces: int) -> list["Batch"]:
+        """Consecutive parts, as equal as can be, none of them empty."""
+        spans = [span for span in np.array_split(range(len(self.captions)), pieces) if len(span)]
+        return [
+            Batch(
+                self.frames_BTHWC[s[0] : s[-1] + 1], self.captions[s[0] : s[-1] + 1],
+                self.names[s[0] : s[-1] + 1], self.places[s[0] : s[-1] + 1],
+                None if self.teacher_BLC is None else self.teacher_BLC[s[0] : s[-1] + 1],
+            )
+            for s in spans
+        ]  # fmt: skip
 
     def to_float(
         self, device: torch.device, *, mean: tuple[float, ...], std: tuple[float, ...]
@@ -114,16 +128,29 @@ class Batch:
 class Step:
     """What one training step sees: its draw, and one batch per shape (stills have one frame).
 
-    unreadable: path -> reason of files that another record stood in for.
+    unreadable: path -> reason of files that another record stood in for. part: which one it is,
+    where a step has been split.
     """
 
     number: int
     draw: Draw
     batches: tuple[Batch, ...]
     unreadable: Mapping[str, str]
+    part: int = 0
 
     def pin_memory(self) -> "Step":
         return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
+
+    def split(self, pieces: int) -> list["Step"]:
+        """Parts of a step that together have its pairs; fewer where it has fewer pairs."""
+        parts: list[list[Batch]] = [[] for _ in range(pieces)]
+        for batch in self.batches:
+            for part, piece in zip(parts, batch.split(pieces), strict=False):
+                part.append(piece)
+        return [
+            replace(self, batches=tuple(batches), part=number)
+            for number, batches in enumerate(filter(None, parts))
+        ]
 
     @property
     def num_pairs(self) -> int:
@@ -169,16 +196,23 @@ class Steps(Dataset[Step]):
         draw = self.sampling.draw(self.seed, number)
         unreadable: dict[str, str] = {}
         samples = [
-            self._readable_sample(
-                source, index, np.random.default_rng([self.seed, number, s, slot]), draw, unreadable
+            (
+                (s << 32) + slot,
+                self._readable_sample(
+                    source,
+                    index,
+                    np.random.default_rng([self.seed, number, s, slot]),
+                    draw,
+                    unreadable,
+                ),
             )
             for s, source in enumerate(self.sources)
             for slot, index in self._own(self.order(s, number))
         ]
-        by_kind: dict[tuple[int, bool], list[Sample]] = {}
-        for sample in samples:
+        by_kind: dict[tuple[int, bool], list[tuple[int, Sample]]] = {}
+        for place, sample in samples:
             kind = len(sample.frames_THWC), sample.teacher_LC is not None
-            by_kind.setdefault(kind, []).append(sample)
+            by_kind.setdefault(kind, []).append((place, sample))
         batches = [_batch(group) for _, group in sorted(by_kind.items(), reverse=True)]
         return Step(number, draw, tuple(batches), unreadable)
 
@@ -256,13 +290,15 @@ class Steps(Dataset[Step]):
         return resize(torch.from_numpy(cut)[None], side=side, fit="squash")[0]
 
 
-def _batch(samples: Sequence[Sample]) -> Batch:
-    """Samples of equal shapes as tensors."""
+def _batch(group: Sequence[tuple[int, Sample]]) -> Batch:
+    """Samples of equal shapes as tensors, with their places."""
+    samples = [sample for _, sample in group]
     teacher = [sample.teacher_LC for sample in samples if sample.teacher_LC is not None]
     return Batch(
         torch.stack([sample.frames_THWC for sample in samples]),
         tuple(sample.caption for sample in samples),
         tuple(sample.name for sample in samples),
+        tuple(place for place, _ in group),
         torch.stack(teacher) if teacher else None,
     )
 

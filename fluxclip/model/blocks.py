@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fluxclip.model.attention import Segments, attend, attend_once
 from fluxclip.model.presets import ANATOMIES, Anatomy, Gelu
+from fluxclip.tokens.draws import Draws
 from fluxclip.tokens.tubelets import RMSNorm
 
 _FLUXVIT = ANATOMIES["fluxvit"]
@@ -89,21 +90,25 @@ class Block(nn.Module):
         self.ls2 = scale()
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        x = self._add(x, self.attn(self.norm1(x), segments), self.ls1, segments)
-        return self._add(x, self.mlp(self.norm2(x)), self.ls2, segments)
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, *, draws: Draws | None = None
+    ) -> Tensor:
+        """draws: of the clips, for drop path; without them torch's generator draws."""
+        attended = self.attn(self.norm1(x), segments)
+        x = self._add(x, attended, self.ls1, segments, draws and draws.at(0))
+        return self._add(x, self.mlp(self.norm2(x)), self.ls2, segments, draws and draws.at(1))
 
     def _add(
-        self, x: Tensor, branch: Tensor, scale: Tensor | None, segments: Segments | None
-    ) -> Tensor:
+        self, x: Tensor, branch: Tensor, scale: Tensor | None, segments: Segments | None,
+        draws: Draws | None,
+    ) -> Tensor:  # fmt: skip
         if self.training and self.drop_path:
             # stochastic depth (arXiv 1603.09382): a clip keeps the branch or loses it whole
-            keep = 1 - self.drop_path
-            if segments is None:
-                kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
-            else:
-                kept = (torch.rand(len(segments), 1, device=x.device) < keep)[segments.clip_S]
-            branch = branch * (kept / keep).to(branch.dtype)
+            num_clips = len(x) if segments is None else len(segments)
+            drawn_B1 = draws.uniform(1) if draws else torch.rand(num_clips, 1, device=x.device)
+            kept_B1 = drawn_B1 >= self.drop_path
+            kept = kept_B1[:, None] if segments is None else kept_B1[segments.clip_S]
+            branch = branch * (kept / (1 - self.drop_path)).to(branch.dtype)
         if scale is None:
             return x + branch
         # autocast keeps LayerScale's product in the precision of the residual stream

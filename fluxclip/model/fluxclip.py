@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fluxclip.model.presets import FluxCLIPConfig, PreprocessConfig
 from fluxclip.model.video_tower import VideoTower
 from fluxclip.text.encoder import TextEncoder
+from fluxclip.tokens.draws import Draws
 from fluxclip.tokens.selection import Selection, check_budget
 
 
@@ -142,18 +143,22 @@ class FluxCLIP(nn.Module):
 
     def encode_video_views(
         self, frames_BTHWC: Tensor, budgets: Sequence[int], *,
-        generator: torch.Generator | None = None,
+        draws: Draws | None = None,
     ) -> list[View]:  # fmt: skip
         """One view per budget; the patches are embedded once for all.
 
-        Budgets that no clip has tokens for (a still has few) share one pass.
+        Budgets that no clip has tokens for (a still has few) share one pass. draws: of the clips,
+        for what is random in training.
         """
         patches = self.video.embed(frames_BTHWC)
-        most = patches.most_tokens
+        # where a filter decides how many tokens clips have, sharing a pass would make the draws
+        # of a clip depend on the others of its batch
+        most = patches.most_tokens if draws is None or patches.kept is None else max(budgets)
         views: dict[int, View] = {}
         for budget in dict.fromkeys(min(budget, most) for budget in budgets):
-            selection = self.video.select(patches, budget, generator=generator)
-            encoded = self.video.encode(patches, selection)
+            own = draws and draws.at(budget)
+            selection = self.video.select(patches, budget, draws=own)
+            encoded = self.video.encode(patches, selection, draws=own)
             pooled_BP = self.video.pool(encoded)
             views[budget] = View(
                 self.project_video(pooled_BP),

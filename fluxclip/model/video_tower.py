@@ -16,6 +16,7 @@ from fluxclip.model.attention import Segments
 from fluxclip.model.blocks import AttentionPool, Block, ClassPool, MapPool, MeanPool, norm
 from fluxclip.model.presets import VideoTowerConfig
 from fluxclip.settings import parse
+from fluxclip.tokens.draws import Draws
 from fluxclip.tokens.positions import GlobalPositions
 from fluxclip.tokens.selection import Selection, check_budget, gather, take
 from fluxclip.tokens.tubelets import PatchEmbedding, tubelets
@@ -179,11 +180,11 @@ class VideoTower(nn.Module):
         return Patches(self.patch_embed(x_MP), b, n, rows, columns, kept, run_length_BNL)
 
     def select(
-        self, patches: Patches, budget: int | None, *, generator: torch.Generator | None = None
+        self, patches: Patches, budget: int | None, *, draws: Draws | None = None
     ) -> Selection:
         """The positions that filter and scorer keep for a budget (exactly, or all where fewer are).
 
-        generator: makes a random scorer draw anew (training).
+        draws: of the clips, for a random scorer (training).
         """
         check_budget(budget)
         b, n, length = patches.num_clips, patches.num_steps, patches.rows * patches.columns
@@ -191,21 +192,26 @@ class VideoTower(nn.Module):
         if budget is None or budget >= patches.most_tokens:
             return kept or take(torch.zeros(b, n, length, device=patches.vectors.device))
         with torch.no_grad():
-            score_BNL = self.scorer(patches.vectors_BNLD(), generator=generator)
+            score_BNL = self.scorer(patches.vectors_BNLD(), draws=draws)
             if kept is None:
                 return take(score_BNL, budget=budget)
             assert patches.run_length_BNL is not None
             mask_BNL = patches.run_length_BNL > 0
             return take(score_BNL, mask_BNL, budget, available=kept.lengths)
 
-    def encode(self, patches: Patches, selection: Selection) -> Encoded:
+    def encode(
+        self, patches: Patches, selection: Selection, *, draws: Draws | None = None
+    ) -> Encoded:
         """What the blocks make of the selected patches of clips of one shape."""
-        return self.encode_packed([(patches, selection)])
+        return self.encode_packed([(patches, selection)], draws=draws)
 
-    def encode_packed(self, groups: Sequence[tuple[Patches, Selection]]) -> Encoded:
+    def encode_packed(
+        self, groups: Sequence[tuple[Patches, Selection]], *, draws: Draws | None = None
+    ) -> Encoded:
         """What the blocks make of several groups of clips, each of one shape, in one pass.
 
-        No padding: clips of different lengths are packed one after the other.
+        No padding: clips of different lengths are packed one after the other. draws: of all clips,
+        for drop path (training).
         """
         lengths = tuple(length for _, selection in groups for length in selection.lengths)
         count_S = None
@@ -225,8 +231,8 @@ class VideoTower(nn.Module):
                 if count_S is not None:
                     count_S = _with_class_tokens(count_S, count_S.new_ones(()), lengths)
         x = self.norm_before(x)
-        for block in self.blocks:
-            x = block(x, segments)
+        for place, block in enumerate(self.blocks):
+            x = block(x, segments, draws=draws and draws.at(place))
         return Encoded(self.norm_after(x), lengths, segments, count_S, int(has_class))
 
     def _placed(self, patches: Patches, selection: Selection) -> Tensor:

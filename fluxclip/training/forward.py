@@ -1,20 +1,46 @@
 """One training step up to its loss: both towers over all pairs of the step.
 
-Shape legend: B pairs of a step, W text feature width, D shared width.
+Shape legend: B pairs of this process, D shared width.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxclip import plugins
-from fluxclip.data.loader import Source, Step
+from fluxclip import distributed, plugins
+from fluxclip.data.loader import Batch, Source, Step
 from fluxclip.model.fluxclip import FluxCLIP, View
+from fluxclip.tokens.draws import Draws
 from fluxclip.training.distillation import Distillation
 from fluxclip.training.recipe import Recipe
+
+CAPTIONS_KEPT = 200_000  # features of so many take about 300 MB
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the loss needs of some pairs, in this order and by nothing but it.
+
+    views_BD: unit vectors of the clips, one tensor per budget. text_BD: of their captions.
+    distance_B: to the teacher, of the clips that have one. captions, names: as in `Batch`.
+    num_tokens: that went into the blocks, of all views.
+    """
+
+    views_BD: tuple[Tensor, ...]
+    text_BD: Tensor
+    distance_B: Tensor
+    captions: tuple[str, ...]
+    names: tuple[str, ...]
+    num_tokens: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.views_BD, self.text_BD, self.distance_B)
 
 
 class Forward(nn.Module):
@@ -22,21 +48,31 @@ class Forward(nn.Module):
 
     With several processes each one has its own pairs of the step, and the contrast is over those of
     all: the mean over processes of the gradients is the gradient of one process with all pairs.
-    Features of a frozen text tower are computed once per caption, here, and looked up later.
-    `distillation`: heads that are trained with the model, where a source has a teacher.
-    Raises ValueError for negatives "all" with a text tower that is trained.
+    Features of a frozen text tower are computed once per caption, here, and looked up later, if
+    there are at most CAPTIONS_KEPT of them.
+    `distillation`: heads that are trained with the model, where a source has a teacher. bf16: the
+    towers run in it, the losses do not. Raises ValueError for negatives "all" with a text tower
+    that is trained.
     """
 
-    def __init__(self, model: FluxCLIP, sources: Sequence[Source], recipe: Recipe) -> None:
+    def __init__(
+        self, model: FluxCLIP, sources: Sequence[Source], recipe: Recipe, *, bf16: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.bf16 = model, recipe, bf16
         self.device = next(model.parameters()).device
         made = plugins.load("fluxclip.training.objectives", recipe.objective).make()
         self.objective: nn.Module = made.to(self.device)
         self.rows: dict[str, int] = {}
         records = [record for source in sources for record in source.records]
-        if model.text_is_frozen:
-            self.table_NW = self._features_of_all({c for r in records for c in r.captions})
+        captions = {caption for record in records for caption in record.captions}
+        if model.text_is_frozen and len(captions) <= CAPTIONS_KEPT:
+            self.table_NW = self._features_of_all(captions)
+        elif model.text_is_frozen and recipe.negatives == "all":
+            raise ValueError(
+                f'negatives = "all" is for sets of at most {CAPTIONS_KEPT:,} captions, and these '
+                f"have {len(captions):,}"
+            )
         elif recipe.negatives == "all":
             raise ValueError('negatives = "all" needs text.weights = "reference", a frozen tower')
         self.names = {name: i for i, name in enumerate(sorted({r.captions[0] for r in records}))}
@@ -47,6 +83,14 @@ class Forward(nn.Module):
         """Whether a step may leave out some of what is trained."""
         return self.distillation is not None or bool(self.model.config.video.projector_budgets)
 
+    @property
+    def heads(self) -> list[nn.Parameter]:
+        """What is trained in the loss itself, behind the features."""
+        behind = [self.model.log_scale, *self.objective.parameters()]
+        if self.recipe.negatives == "all":
+            behind += self.model.text_projection.parameters()
+        return [parameter for parameter in behind if parameter.requires_grad]
+
     def state(self) -> dict[str, Tensor]:
         """All weights, parameters/NAME, but those of a text tower that is only referred to."""
         referred = "model.text." if self.model.text_is_frozen else "\0"
@@ -56,50 +100,81 @@ class Forward(nn.Module):
             if not name.startswith(referred)
         }
 
-    def forward(self, step: Step) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a step, and its parts by name."""
-        settings = self.model.preprocess
-        # a scorer that draws tokens at random draws anew in each step, and the same in a repeat
-        generator = torch.Generator(self.device).manual_seed(
-            self.recipe.seed * 1_000_003 + step.number
+    def forward(
+        self, step: Step, then: Callable[[Features], Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a step and its parts by name; or what `then` makes of its features."""
+        features = self.encode(step)
+        return self.loss(features, number=step.number) if then is None else (then(features), {})
+
+    def encode(self, step: Step) -> Features:
+        """The features of a step's pairs, the same in a part of the step as in the whole.
+
+        But for the dropout of a text tower that has some and is trained: it is drawn by part.
+        """
+        process = [self.recipe.seed, step.number, distributed.rank(), step.part]
+        torch.manual_seed(_number(process))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            views = [self._views(step, batch) for batch in step.batches]
+            captions = tuple(caption for batch in step.batches for caption in batch.captions)
+            text_BD = self.model.project_text(self._text_features(captions))
+        with torch.autocast(self.device.type, enabled=False):
+            distances = self._distances(step.batches, views)
+        # a step may have drawn no source that has a teacher
+        nothing = text_BD.new_zeros(0, dtype=torch.float32)
+        return Features(
+            views_BD=tuple(
+                torch.cat([view.vector_BD for view in of_budget])
+                for of_budget in zip(*views, strict=True)
+            ),
+            text_BD=text_BD,
+            distance_B=torch.cat(distances) if distances else nothing,
+            captions=captions,
+            names=tuple(name for batch in step.batches for name in batch.names),
+            num_tokens=sum(sum(v.selection.lengths) for of_batch in views for v in of_batch),
         )
-        views = [
-            self.model.encode_video_views(
-                batch.to_float(self.device, mean=settings.mean, std=settings.std),
-                step.draw.budgets,
-                generator=generator,
-            )
-            for batch in step.batches
-        ]
-        views_BD = [
-            torch.cat([view.vector_BD for view in of_budget])
-            for of_budget in zip(*views, strict=True)
-        ]
-        captions = [caption for batch in step.batches for caption in batch.captions]
-        names = [name for batch in step.batches for name in batch.names]
-        text_BD = self.model.project_text(self._text_features(captions))
-        labels_BK = torch.tensor(
-            [[_label(n), _label(c)] for n, c in zip(names, captions, strict=True)]
-        )
-        loss: Tensor
+
+    def loss(self, features: Features, *, number: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of all pairs of step `number`, and its parts by name."""
+        pairs = zip(features.names, features.captions, strict=True)
+        labels_BK = torch.tensor([[_label(name), _label(caption)] for name, caption in pairs])
         # in bf16, scaled cosines near 100 are half a unit apart: hard negatives would blur
         with torch.autocast(self.device.type, enabled=False):
+            loss: Tensor
             loss, parts = self.objective(
-                views_BD, text_BD, self.model.logit_scale, labels_BK.to(self.device),
+                features.views_BD, features.text_BD, self.model.logit_scale,
+                labels_BK.to(self.device),
                 align=self.recipe.flux.align, negatives=self.recipe.rows,
             )  # fmt: skip
             if self.recipe.negatives == "all":
-                named = self._against_all_names(views_BD, names)
+                named = self._against_all_names(features.views_BD, features.names)
                 loss, parts["named"] = loss + named, named.item()
-            if step.number < self.recipe.distillation_steps:
+            if number < self.recipe.distillation_steps:
                 loss = 0 * loss  # zero, not absent: every weight has its moments from the start
             if self.distillation is not None:
-                distance = self._distance_to_teacher(step, views)
-                loss, parts["distance"] = (
-                    loss + self.recipe.distillation * distance,
-                    distance.item(),
-                )
-        return loss, parts
+                distance = features.distance_B.sum() / max(1, len(features.distance_B))
+                loss = loss + self.recipe.distillation * distance
+                parts["distance"] = distance.item()
+        return loss, {**parts, "tokens": float(features.num_tokens)}
+
+    def _views(self, step: Step, batch: Batch) -> list[View]:
+        settings = self.model.preprocess
+        clips_B = torch.tensor(batch.places).to(self.device, non_blocking=True)
+        return self.model.encode_video_views(
+            batch.to_float(self.device, mean=settings.mean, std=settings.std),
+            step.draw.budgets,
+            draws=Draws(_number([self.recipe.seed, step.number]), clips_B),
+        )
+
+    def _distances(self, batches: Sequence[Batch], views: Sequence[Sequence[View]]) -> list[Tensor]:
+        """To the teacher, of the clips of each batch that has its features."""
+        if self.distillation is None:
+            return []
+        return [
+            self.distillation(of_batch, batch.teacher_BLC.to(self.device, non_blocking=True))
+            for batch, of_batch in zip(batches, views, strict=True)
+            if batch.teacher_BLC is not None
+        ]
 
     def _against_all_names(self, views_BD: Sequence[Tensor], names: Sequence[str]) -> Tensor:
         """Cross-entropy of finding a clip's name among those of all records, not of the step only.
@@ -110,17 +185,6 @@ class Forward(nn.Module):
         right_B = torch.tensor([self.names[name] for name in names], device=self.device)
         logits = [self.model.logit_scale * view_BD @ all_ND.T for view_BD in views_BD]
         return torch.stack([F.cross_entropy(logits_BN, right_B) for logits_BN in logits]).mean()
-
-    def _distance_to_teacher(self, step: Step, views: Sequence[Sequence[View]]) -> Tensor:
-        """Mean distance of the clips that have a teacher's features."""
-        assert self.distillation is not None
-        distances = [
-            self.distillation(of_batch, batch.teacher_BLC.to(self.device, non_blocking=True))
-            for batch, of_batch in zip(step.batches, views, strict=True)
-            if batch.teacher_BLC is not None
-        ]
-        # a step may have drawn no source that has a teacher
-        return torch.cat(distances).mean() if distances else views[0][0].vector_BD.sum() * 0
 
     def _text_features(self, captions: Sequence[str]) -> Tensor:
         if self.rows:
@@ -155,3 +219,8 @@ def _distillation(model: FluxCLIP, sources: Sequence[Source]) -> Distillation | 
 def _label(text: str) -> int:
     """A number that is equal for equal texts only, in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def _number(parts: Sequence[int]) -> int:
+    """A number of 64 bits for several small ones."""
+    return int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0])

@@ -1,20 +1,17 @@
 """Pre-training: a recipe in, a run folder with the best and the last model out."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
-from fluxclip import distributed, plugins
+from fluxclip import distributed
 from fluxclip.data import loader
 from fluxclip.data.sources import annotations
 from fluxclip.data.teacher import TeacherFeatures
-from fluxclip.training import optimizer
+from fluxclip.training import engines, optimizer
 from fluxclip.training import recipe as recipes
-from fluxclip.training.engines import Engine
 from fluxclip.training.forward import Forward
 from fluxclip.training.monitor import Monitor
 from fluxclip.training.recipe import Recipe
@@ -60,20 +57,20 @@ def _checked(
     def make() -> str:
         run = RunFolder(recipe, command=command, resume=resume)
         made.append((run, dataset(recipe), Validation(recipe.validation)))
-        return recipes.to_toml(recipe)
+        files = [f"the file of {key} has SHA-256 {digest}" for key, digest in run.digests.items()]
+        return "\n".join([recipes.to_toml(recipe), f"resume = {resume}", *files])
 
-    recipes_of_all = distributed.gather_results(make)
-    distributed.gather_results(lambda: _require_same(recipes_of_all))
-    return made[0]
-
-
-def _require_same(recipes_of_all: Sequence[str]) -> None:
-    for rank, other in enumerate(recipes_of_all):
-        pairs = zip(recipes_of_all[0].splitlines(), other.splitlines(), strict=False)
+    of_all = distributed.gather_results(make)
+    for rank, other in enumerate(of_all):
+        pairs = zip(of_all[0].splitlines(), other.splitlines(), strict=False)
         if differ := [f"{one!r} and {two!r}" for one, two in pairs if one != two]:
-            raise ValueError(
-                f"the processes 0 and {rank} of this job have different recipes: {differ[0]}"
+            distributed.stop_all(
+                ValueError(
+                    f"the processes 0 and {rank} of this job have different recipes or files: "
+                    f"{differ[0]}"
+                )
             )
+    return made[0]
 
 
 def _run(
@@ -82,12 +79,16 @@ def _run(
 ) -> None:  # fmt: skip
     device = torch.device(distributed.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
-    torch.manual_seed(recipe.seed)
-    model = recipe.build().to(device)
-    forward = Forward(model, data.sources, recipe)
-    o = recipe.optimizer
-    engine: Engine = plugins.load("fluxclip.training.engines", recipe.engine).make(forward, o)
-    run.start(engine)
+    o, made = recipe.optimizer, []
+
+    def make() -> None:
+        torch.manual_seed(recipe.seed)
+        forward = Forward(recipe.build().to(device), data.sources, recipe, bf16=bf16)
+        made.append((forward.model, engines.make(recipe.engine, forward, recipe)))
+        run.start(made[0][1])
+
+    distributed.gather_results(make)
+    model, engine = made[0]
     start, best, unreadable = run.progress.step, run.progress.best, dict(run.progress.unreadable)
     skipped = 0  # steps in a row
     with (
@@ -101,35 +102,40 @@ def _run(
         if start:
             monitor.say(f"resumed after step {start} of {o.steps}")
         saved_s = monitor.seconds
-        for step in loader.steps(data, start=start, stop=o.steps, workers=recipe.workers):
-            _note_unreadable(step, unreadable, data, monitor)
+        steps = loader.steps(data, start=start, stop=o.steps, workers=recipe.workers)
+        for step in monitor.waiting(steps):
             lr = optimizer.learning_rate(
                 step.number, steps=o.steps, warmup_steps=o.warmup_steps, lr=o.lr,
                 final_lr=o.final_lr,
             )  # fmt: skip
-            _seed(recipe.seed, step.number)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, parts = engine.loss(step)
+            loss, parts = engine.backward(step)
             # of all processes, so that all of them skip, stop and save at the same step
             numbers = distributed.mean(
-                {"loss": loss.item(), **parts, "stop": float(stop.received is not None),
-                 "save": float(monitor.seconds - saved_s >= 60 * recipe.save_minutes)}
+                {"loss": loss, **parts, "stop": float(stop.received is not None),
+                 "save": float(monitor.seconds - saved_s >= 60 * recipe.save_minutes),
+                 "unreadable": float(len(step.unreadable.keys() - unreadable.keys()))}
             )  # fmt: skip
             stopped, due = numbers.pop("stop") > 0, numbers.pop("save") > 0
-            norm = engine.step_down(loss, lr=lr) if math.isfinite(numbers["loss"]) else math.nan
+            if numbers.pop("unreadable"):
+                _note_unreadable(step, unreadable, data, monitor)
+            norm = engine.step_down(lr=lr) if math.isfinite(numbers["loss"]) else math.nan
             skipped = 0 if math.isfinite(norm) else skipped + 1
-            if skipped == MOST_SKIPPED:
-                raise FloatingPointError(
-                    f"the loss or its gradient is no number in {skipped} steps in a row, the last "
-                    f"{step.number}: try a lower optimizer.lr; the best model so far, if any, is "
-                    f"in {run.path / 'best'}"
-                )
             model.clamp_scale()
+            world_size = distributed.world_size()
             monitor.step(
-                step.number, pairs=step.num_pairs * distributed.world_size(), lr=lr,
+                step.number, pairs=step.num_pairs * world_size,
+                tokens=numbers.pop("tokens") * world_size, lr=lr,
                 gradient_norm=norm, logit_scale=model.logit_scale.item(), skipped=skipped,
                 num_frames=step.draw.num_frames, side=step.draw.side, **numbers,
             )  # fmt: skip
+            if skipped == MOST_SKIPPED:
+                distributed.stop_all(
+                    FloatingPointError(
+                        f"the loss or its gradient is no number in {skipped} steps in a row, the "
+                        f"last {step.number}: try a lower optimizer.lr; the best model so far, if "
+                        f"any, is in {run.path / 'best'}"
+                    )
+                )
             done = step.number + 1
             validated = done % recipe.validation.every == 0 or done == o.steps
             if validated:
@@ -149,29 +155,24 @@ def _run(
                 saved_s = monitor.seconds
             if stopped:
                 monitor.say(f"stopped after step {done} of {o.steps}; --resume goes on from there")
-                stop.leave()
-
-
-def _seed(seed: int, step: int) -> None:
-    """Make what a step draws at random a function of seed, step and process.
-
-    So a resumed run draws as one that was never stopped, and nothing random has to be saved.
-    """
-    sequence = np.random.SeedSequence([seed, step, distributed.rank()])
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+                stop.leave(max(filter(None, distributed.gather(stop.received)), default=None))
 
 
 def _note_unreadable(
     step: loader.Step, unreadable: dict[str, str], data: loader.Steps, monitor: Monitor
 ) -> None:
-    """Say which files could not be read, each once; ValueError if they are too many."""
-    for path in sorted(step.unreadable.keys() - unreadable.keys()):
-        unreadable[path] = step.unreadable[path]
-        monitor.say(f"unreadable, another takes its place: {unreadable[path]}")
+    """Say which files could not be read by any process, each once; ValueError if too many."""
+    of_all = [found for own in distributed.gather(dict(step.unreadable)) for found in own.items()]
+    for path, reason in sorted(of_all):
+        if path not in unreadable:
+            unreadable[path] = reason
+            monitor.say(f"unreadable, another takes its place: {reason}")
     if len(unreadable) > MOST_UNREADABLE * data.num_pairs:
-        raise ValueError(
-            f"{len(unreadable)} of {data.num_pairs} files cannot be read, more than "
-            f"{MOST_UNREADABLE:.0%}: mend the data or leave them out"
+        distributed.stop_all(
+            ValueError(
+                f"{len(unreadable)} of {data.num_pairs} files cannot be read, more than "
+                f"{MOST_UNREADABLE:.0%}: mend the data or leave them out"
+            )
         )
 
 

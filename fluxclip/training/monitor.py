@@ -2,17 +2,23 @@
 
 import json
 import math
+import resource
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fluxclip.training.checkpoint import writing
+
+S = TypeVar("S")
 
 
 class Monitor:
@@ -37,7 +43,7 @@ class Monitor:
             TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), TextColumn("left"),
             console=self.console, disable=silent or not self.console.is_terminal,
         )  # fmt: skip
-        self._last = 0.0
+        self._last = self._waited = 0.0
         self._loss: float | None = None
         self.task = self.progress.add_task("train", total=steps, completed=start, numbers="")
 
@@ -72,16 +78,39 @@ class Monitor:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def step(self, number: int, *, pairs: int, loss: float, **numbers: float) -> None:
-        """Log a training step, 0 being the first, and move the bar."""
+    def waiting(self, steps: Iterable[S]) -> Iterator[S]:
+        """The steps, the time measured that each takes to come."""
+        came = iter(steps)
+        while True:
+            before = time.monotonic()
+            try:
+                step = next(came)
+            except StopIteration:
+                return
+            self._waited = time.monotonic() - before
+            yield step
+
+    def step(
+        self, number: int, *, pairs: int, tokens: float, loss: float, **numbers: float
+    ) -> None:
+        """Log a training step, 0 being the first, and move the bar.
+
+        Of its time since the last one: clips and tokens (of all processes) per second, and the
+        share that went by waiting for data.
+        """
         now = self.seconds
-        rate = pairs / (now - self._last) if self._last else 0.0
+        took = now - self._last if self._last else math.inf
+        rate = pairs / took
         self._last = now
-        self._write(number, {"loss": loss, "clips_per_s": rate, **numbers})
+        speed = {
+            "clips_per_s": rate, "tokens_per_s": tokens / took, "data_share": self._waited / took,
+            "memory_gib": _peak_gib(),
+        }  # fmt: skip
+        self._write(number, {"loss": loss, **speed, **numbers})
         # a single step's loss is noise to the eye: the bar shows a moving average
         if math.isfinite(loss):
             self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        shown = f"loss {self._loss or math.nan:.3f}  {rate:.0f} clips/s"
+        shown = f"loss {math.nan if self._loss is None else self._loss:.3f}  {rate:.0f} clips/s"
         self.progress.update(self.task, completed=number + 1, numbers=shown)
 
     def validated(self, number: int, scores: dict[str, float]) -> None:
@@ -113,6 +142,14 @@ class Monitor:
         """A line above the bar."""
         if not self.silent:
             self.progress.console.print(line, highlight=False, markup=False)
+
+
+def _peak_gib() -> float:
+    """Most memory that tensors took on the GPU or, without one, that this process had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 @contextmanager

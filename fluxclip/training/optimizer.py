@@ -67,15 +67,13 @@ def set_rate(adamw: torch.optim.Optimizer, lr: float) -> None:
 
 
 def step_down(
-    adamw: torch.optim.Optimizer, model: nn.Module, loss: Tensor, *, lr: float, clip_norm: float
+    adamw: torch.optim.Optimizer, model: nn.Module, *, lr: float, clip_norm: float
 ) -> float:
-    """One step at rate `lr` along the gradients of a loss; returns their norm before it was cut.
+    """One step at rate `lr` along the gradients there are; returns their norm before it was cut.
 
     Where the norm is no number, there is no step.
     """
     set_rate(adamw, lr)
-    adamw.zero_grad()
-    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
     if math.isfinite(norm):
         adamw.step()

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxclip import distributed
+from fluxclip import distributed, plugins
 from fluxclip.data.sources import annotations
 from fluxclip.model.fluxclip import FluxCLIP
+from fluxclip.training.loop import dataset
 from fluxclip.training.recipe import Recipe
+from fluxclip.training.validation import Validation
 
 # a training step is a forward and a backward pass, and the latter is twice the work
 _PASSES = 3
@@ -44,6 +46,11 @@ def plan(recipe: Recipe) -> Plan:
     """
     found = Plan()
     sources = list(_sources(recipe, found.missing))
+    if not found.missing:  # what a run would find wrong besides
+        dataset(recipe)
+        Validation(recipe.validation)
+    for kind, name in (("objectives", recipe.objective), ("engines", recipe.engine)):
+        plugins.load(f"fluxclip.training.{kind}", name)
     model = recipe.build()
     found.lines += _parameters(model, recipe)
     o = recipe.optimizer
@@ -90,7 +97,7 @@ def _parameters(model: FluxCLIP, recipe: Recipe) -> list[str]:
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        own = parameter.requires_grad and not (name.startswith("text.") and model.text_is_frozen)
+        own = parameter.requires_grad
         part = name.partition(".")[0].replace("_", " ")
         counts = trained if own else frozen
         counts[part] = counts.get(part, 0) + parameter.numel()
@@ -113,12 +120,14 @@ def _work(model: FluxCLIP, recipe: Recipe, sources: list[Source]) -> list[str]:
         of_grid, work = 0.0, 0.0
         for count, frames in ((clips, num_frames), (stills, 1)):
             whole = model.num_tokens(frames, side)
-            for budget in set(recipe.flux.budgets):
-                kept = min(budget, whole)
-                of_grid += count * kept
-                work += count * model.video.macs(whole, kept)
+            # budgets that a grid has no tokens for share a view; patches are embedded once for all
+            views = {min(budget, whole) for budget in recipe.flux.budgets}
+            of_grid += count * sum(views)
+            embedding = model.video.macs(whole, 0) - model.video.macs(0, 0)
+            work += count * sum(model.video.macs(whole, kept) - embedding for kept in views)
+            work += count * embedding
         tokens.append(of_grid)
-        macs.append(_PASSES * work)
+        macs.append((_PASSES + (recipe.pieces > 1)) * work)
     share = "; what a filter drops is not taken off" if model.config.video.filter else ""
     return [
         f"tokens: {min(tokens):,.0f} to {max(tokens):,.0f} a step into the blocks, {_mean(tokens)}"
@@ -136,7 +145,8 @@ def _memory(model: FluxCLIP, recipe: Recipe, pairs: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = 4 * sum(p.numel() for p in model.parameters()) + 3 * 4 * trained
     world_size = distributed.world_size()
-    activations = kept_for_backward(model, recipe) * pairs / world_size
+    at_once = -(-pairs // (world_size * recipe.pieces))
+    activations = kept_for_backward(model, recipe) * at_once
     each = f" in each of {world_size} processes" if world_size > 1 else ""
     return (
         f"memory{each}: {weights / 2**30:.2f} GiB for weights, gradients and moments, about "

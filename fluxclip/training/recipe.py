@@ -138,6 +138,8 @@ class Recipe:
     engine: "plain", a file in fluxclip/training/engines, or a dotted name.
     rows: of a contrast over several processes, "local" computes in each one its own, "full" all of
     them; the gradients are equal.
+    pieces: a process's pairs of a step go through the towers in so many, one after the other; the
+    gradients are exact, in the memory of one piece and the time of one more forward pass.
     negatives: "all" also sets each clip against the names (first captions) of all records.
     distillation: weight of the distance to the teacher, for the data that have one.
     distillation_steps: so many steps at first learn from the teacher alone, captions come after.
@@ -156,6 +158,7 @@ class Recipe:
     negatives: Literal["step", "all"] = "step"
     rows: Literal["local", "full"] = "local"
     engine: str = "plain"
+    pieces: PositiveInt = 1
     distillation: NonNegativeFloat = 1.0
     distillation_steps: NonNegativeInt = 0
     init: str = ""
@@ -181,8 +184,11 @@ class Recipe:
             ] + ["[text]"] * (self.text != TextConfig())  # fmt: skip
             if given:
                 raise ValueError(
-                    f"leave out {', '.join(given)}: with init, the model {self.init} brings it"
+                    f"leave out {', '.join(given)}: with init, the model {self.init} brings it "
+                    f"(--set model={{}} --set text={{}} empties both sections)"
                 )
+        if self.distillation_steps and not any(source.teacher for source in self.data):
+            raise ValueError("distillation_steps needs a teacher in one of the [[data]] sections")
         # made once here, so that mistakes show before any step is spent
         self.sampling()
         self.model_config()
@@ -261,9 +267,11 @@ def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     named: tuple[tuple[Any, str], ...] = ((values.get("text"), "source"), (values, "init"))
     for section, key in named:
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
-            name, mark, changes = section[key].partition("?")
-            if (path.parent / name).is_dir():
-                section[key] = f"{(path.parent / name).resolve()}{mark}{changes}"
+            name, mark, tower = section[key].partition("?")
+            for folder in (path.parent / name, Path(name)):
+                if folder.is_dir():
+                    section[key] = f"{folder.resolve()}{mark}{tower}"
+                    break
     return parse(Recipe, values, source=str(path))
 
 

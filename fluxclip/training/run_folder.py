@@ -1,8 +1,9 @@
 """What a run leaves behind: recipe.toml, metrics.jsonl, model folders best/ and last/, state/."""
 
 import hashlib
+import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -20,9 +21,9 @@ from fluxclip.training.engines import Engine
 from fluxclip.training.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# what may differ when a run is resumed: it changes no number. Annotations may lie elsewhere if
-# they are the same, which `start` compares.
-_MAY_DIFFER = ("output", "workers", "save_minutes")
+# what may differ when a run is resumed: it changes no number, but by rounding. Annotations may lie
+# elsewhere if they are the same, which is compared.
+_MAY_DIFFER = ("output", "workers", "save_minutes", "pieces", "rows", "engine")
 
 
 class RunFolder:
@@ -30,21 +31,37 @@ class RunFolder:
 
     command: what the cards say the run was started by. Raises FileExistsError without `resume` if
     a run is there already: nothing is overwritten. With it, FileNotFoundError if there is no state
-    to resume, ValueError if the run's recipe is another one.
+    to resume, ValueError if the run's recipe or the files it names are others. OSError for a folder
+    that cannot be written to. digests: SHA-256 of the files that the recipe names, by key.
     """
 
     def __init__(self, recipe: Recipe, *, command: str = "", resume: bool = False) -> None:
         self.recipe, self.path = recipe, Path(recipe.output)
         self.progress = Progress(command=command or "fluxclip.training.loop.train")
         self._resumed: Path | None = None
+        self.digests = {
+            key: _digest(value)
+            for key, value in _flat(asdict(recipe))
+            if value and key.endswith(("annotations", "teacher"))
+        }
         if resume:
             self._resumed = self._newest_state()
             self.progress = checkpoint.read_progress(self._resumed)
+            for key, digest in self.digests.items():
+                if self.progress.annotations.get(key) != digest:
+                    raise ValueError(
+                        f"{self.path} cannot be resumed: the file of {key} has changed since it "
+                        f"started"
+                    )
         elif (self.path / "recipe.toml").exists():
             raise FileExistsError(
                 f"{self.path} already holds a run: continue it with --resume, choose another "
                 f"folder with --set output=..., or delete that one"
             )
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "is no folder" if not there.is_dir() else "cannot be written to"
+            raise OSError(f"{there} {why}: choose another place with --set output=...")
 
     @property
     def is_finished(self) -> bool:
@@ -53,15 +70,10 @@ class RunFolder:
     def start(self, engine: Engine) -> None:
         """Write the resolved recipe of a new run, or put the state of a resumed one in place.
 
-        Raises ValueError if annotations have changed since, or if the state is of another model.
+        Raises ValueError if the state is of another model.
         """
-        digests = {
-            key: hashlib.sha256(Path(value).read_bytes()).hexdigest()
-            for key, value in _flat(asdict(self.recipe))
-            if value and key.endswith(("annotations", "teacher"))
-        }
         if self._resumed is None:
-            self.progress = replace(self.progress, annotations=digests)
+            self.progress = replace(self.progress, annotations=self.digests)
             if distributed.rank() > 0:
                 return
             with checkpoint.writing(self.path):
@@ -70,11 +82,6 @@ class RunFolder:
                 partial.write_text(recipes.to_toml(self.recipe), "utf-8")
                 partial.replace(self.path / "recipe.toml")
             return
-        for key, digest in digests.items():
-            if self.progress.annotations.get(key) != digest:
-                raise ValueError(
-                    f"{self.path} cannot be resumed: the file of {key} has changed since it started"
-                )
         engine.load_state(checkpoint.read_tensors(self._resumed, expected=engine.state()))
 
     def save_state(
@@ -83,12 +90,10 @@ class RunFolder:
     ) -> None:  # fmt: skip
         """Save all that the run needs to go on after `step` steps as if it had never stopped."""
         tensors = engine.state()
-        of_all = {path: why for own in distributed.gather(unreadable) for path, why in own.items()}
-        if distributed.rank() == 0:
-            progress = replace(
-                self.progress, step=step, best=best, seconds=seconds, unreadable=of_all
-            )
-            checkpoint.save(self.path / "state", progress, tensors=tensors)
+        progress = replace(
+            self.progress, step=step, best=best, seconds=seconds, unreadable=unreadable
+        )
+        _by_the_first(lambda: checkpoint.save(self.path / "state", progress, tensors=tensors))
 
     def _newest_state(self) -> Path:
         if not (self.path / "recipe.toml").exists():
@@ -118,10 +123,10 @@ class RunFolder:
         self, name: str, model: FluxCLIP, *, step: int, seconds: float, scores: dict[str, float]
     ) -> None:
         """Write the model folder `name` with its card; scores are those after `step` steps."""
-        if distributed.rank() > 0:
-            return
         card = _card(self, model, step=step, seconds=seconds, scores=scores)
-        folder = self.path / name
+        _by_the_first(lambda: self._write_model(self.path / name, model, card))
+
+    def _write_model(self, folder: Path, model: FluxCLIP, card: str) -> None:
         with checkpoint.writing(folder):
             try:
                 weights.save(model, folder, card=card, dtype=_DTYPES[self.recipe.save_as])
@@ -129,6 +134,24 @@ class RunFolder:
                 for partial in folder.glob("*.partial"):  # may be what a full disk lacks
                     partial.unlink()
                 raise
+
+
+def _by_the_first(write: Callable[[], object]) -> None:
+    """Write in the first process of a job; what keeps it from that stops all."""
+
+    def work() -> None:
+        if distributed.rank() == 0:
+            write()
+
+    distributed.gather_results(work)
+
+
+def _digest(path: str) -> str:
+    """SHA-256 of a file, in hex; empty for one that is not there, which others complain about."""
+    if not Path(path).is_file():
+        return ""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

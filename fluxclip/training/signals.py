@@ -32,9 +32,12 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def leave(self) -> NoReturn:
-        """End as the signal asks: KeyboardInterrupt, or SystemExit(143), 128 + SIGTERM."""
-        if self.received == signal.SIGTERM:
+    def leave(self, received: int | None = None) -> NoReturn:
+        """End as a signal asks: KeyboardInterrupt, or SystemExit(143), 128 + SIGTERM.
+
+        received: by default the one that came; another process of the job may have had it.
+        """
+        if (received or self.received) == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 

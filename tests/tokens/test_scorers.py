@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fluxclip import plugins
+from fluxclip.tokens.draws import Draws
 from fluxclip.tokens.scorers import group_dynamic, random_drop, uniform
 from fluxclip.tokens.selection import take
 
@@ -61,18 +62,16 @@ def test_uniform_spreads_over_time_and_space() -> None:
     assert per_eighth_of_the_picture.max() <= 20
 
 
-def test_random_drop_with_a_generator_differs_per_clip_and_draw_and_is_unbiased() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = patches(2, 4, 16)
-    scores = random_drop.score(x, generator=generator)
-    again = random_drop.score(x, generator=generator)
+def test_random_drop_with_draws_differs_per_clip_and_step_and_is_unbiased() -> None:
+    x, clips_B = patches(2, 4, 16), torch.arange(2)
+    scores = random_drop.score(x, draws=Draws(0, clips_B))
     assert not torch.equal(scores[0], scores[1])
-    assert not torch.equal(scores, again)
-    repeated = torch.Generator().manual_seed(0)
-    assert torch.equal(random_drop.score(x, generator=repeated), scores)
+    assert not torch.equal(scores, random_drop.score(x, draws=Draws(1, clips_B)))
+    # a clip's draws are its own, whatever else is in the batch
+    assert torch.equal(random_drop.score(x[1:], draws=Draws(0, clips_B[1:])), scores[1:])
     kept = torch.zeros(64)
-    for _ in range(500):
-        index = take(random_drop.score(x, generator=generator), budget=16).index_BK
+    for step in range(500):
+        index = take(random_drop.score(x, draws=Draws(step, clips_B)), budget=16).index_BK
         kept += torch.bincount(index.flatten(), minlength=64)
     # each of 64 positions is kept with probability 1/4 in 1,000 draws: six standard deviations
     assert (kept - 250).abs().max() < 6 * (1000 * 0.25 * 0.75) ** 0.5

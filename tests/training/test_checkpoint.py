@@ -122,7 +122,9 @@ def test_adamw_goes_on_as_if_it_had_never_stopped() -> None:
     def run(model: Late, adamw: torch.optim.AdamW, steps: range) -> None:
         for step in steps:
             x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-            optimizer.step_down(adamw, model, model(x, step), lr=0.1 / (step + 1), clip_norm=1.0)
+            adamw.zero_grad()
+            model(x, step).backward()
+            optimizer.step_down(adamw, model, lr=0.1 / (step + 1), clip_norm=1.0)
 
     def fresh() -> tuple[Late, torch.optim.AdamW]:
         model = Late()

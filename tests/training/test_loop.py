@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,8 @@ def test_random_drop_draws_anew_in_each_step(changes: list[str]) -> None:
 def test_a_step_in_bf16_is_close_and_its_contrast_stays_in_fp32(changes: list[str]) -> None:
     forward, step = forward_of([*changes, "model.drop_path=0.0"])
     exact, _ = forward(step)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = forward(step)
+    forward.bf16 = True
+    loss, _ = forward(step)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), abs=0.05)
     loss.backward()
@@ -119,11 +121,28 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_so(changes: list[str]) 
 
 def test_metrics_are_json_where_a_step_was_skipped(tmp_path: Path) -> None:
     with Monitor(tmp_path, steps=2, console=QUIET) as monitor:
-        monitor.step(0, pairs=4, loss=math.nan, gradient_norm=math.inf, skipped=1)
-        monitor.step(1, pairs=4, loss=2.0, gradient_norm=1.0, skipped=0)
+        monitor.step(0, pairs=4, tokens=9, loss=math.nan, gradient_norm=math.inf, skipped=1)
+        monitor.step(1, pairs=4, tokens=9, loss=2.0, gradient_norm=1.0, skipped=0)
     broken, whole = metrics(tmp_path)
     assert broken["loss"] is broken["gradient_norm"] is None
     assert (broken["skipped"], whole["loss"]) == (1, 2.0)
+    assert whole["tokens_per_s"] == pytest.approx(9 / 4 * whole["clips_per_s"])
+
+
+def test_the_log_says_how_long_data_kept_a_step_waiting(tmp_path: Path) -> None:
+    def slowly() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.2)
+            yield number
+
+    with Monitor(tmp_path, steps=3, console=QUIET) as monitor:
+        for number in monitor.waiting(slowly()):
+            time.sleep(0.05)
+            monitor.step(number, pairs=4, tokens=9, loss=1.0)
+    shares = [row["data_share"] for row in metrics(tmp_path)]
+    assert shares[0] == 0  # there is no step before it
+    assert all(0.3 < share < 1 for share in shares[1:])
+    assert all(0.01 < row["memory_gib"] < 100 for row in metrics(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def test_block_matrices_are_stepped_by_muon_and_the_rest_as_by_adamw() -> None:
         tower = Tower()
         before = {name: p.detach().clone() for name, p in tower.named_parameters()}
         adamw = built(tower, muon=muon)
-        optimizer.step_down(adamw, tower, (tower(x) - y).square().mean(), lr=0.01, clip_norm=9.0)
+        (tower(x) - y).square().mean().backward()
+        optimizer.step_down(adamw, tower, lr=0.01, clip_norm=9.0)
         results.append({n: p.detach() - before[n] for n, p in tower.named_parameters()})
     plain, with_muon = results
     for name in plain:
@@ -83,7 +84,9 @@ def test_muon_learns_and_a_state_by_name_continues_it_exactly() -> None:
     def run(tower: Tower, adamw: torch.optim.AdamW, steps: int) -> float:
         for _ in range(steps):
             loss = (tower(x) - y).square().mean()
-            optimizer.step_down(adamw, tower, loss, lr=0.02, clip_norm=9.0)
+            adamw.zero_grad()
+            loss.backward()
+            optimizer.step_down(adamw, tower, lr=0.02, clip_norm=9.0)
         return loss.item()
 
     whole = Tower()

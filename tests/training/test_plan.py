@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from small_run import QUIET, read
 
-from fluxclip.training.loop import train
+from fluxclip.training.forward import Forward
+from fluxclip.training.loop import dataset, train
 from fluxclip.training.plan import kept_for_backward, plan
 
 
@@ -22,11 +23,16 @@ def test_a_plan_says_what_the_run_does(changes: list[str], tmp_path: Path) -> No
         if p.requires_grad and not name.startswith("text.")
     )  # fmt: skip
     assert f"trained: {trained / 1e6:.2f} M parameters (video " in text
-    assert "frozen: 22.71 M parameters (text 22.71)" in text
+    frozen = sum(p.numel() for p in model.text.parameters()) / 1e6
+    assert f"frozen: {frozen:.2f} M parameters (text {frozen:.2f})" in text
     assert "data: train.json, 16 records, 8 a step, 1.0 epochs" in text
     assert "steps: 2 of 12 pairs, 24 in all" in text
-    # clips of 8 to 64 tokens at budgets 32 and 8, stills of 4 to 16 at the same
-    assert "tokens: 160 to 416 a step into the blocks" in text
+    # 8 clips of 8 to 64 tokens and 4 stills of 4 to 16, at budgets 32 and 8
+    assert "tokens: 80 to 416 a step into the blocks" in text
+    data = dataset(recipe)
+    forward = Forward(model, data.sources, recipe)
+    counts = {forward.encode(data[number]).num_tokens for number in range(12)}
+    assert (min(counts), max(counts)) == (80, 416)
     card = (train(recipe, console=QUIET) / "last" / "README.md").read_text()
     assert f"{trained / 1e6:.2f} M trained" in card
 

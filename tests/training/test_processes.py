@@ -1,9 +1,12 @@
 """Several processes train as one: the same pairs, losses and weights, and states that move."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,16 +24,16 @@ STEPS = 4
 
 @pytest.fixture
 def short(tmp_path: Path, emoji: Path) -> list[str]:
-    """Four steps in which nothing is drawn that depends on the number of processes."""
+    """Four steps with drop path on: what it draws does not depend on the number of processes."""
     return [
         *small_run(tmp_path, emoji),
         f"optimizer.steps={STEPS}", "optimizer.warmup_steps=1", "validation.every=2",
-        "model.drop_path=0.0", "save_minutes=0",
+        "model.drop_path=0.2", "save_minutes=0",
     ]  # fmt: skip
 
 
-def job(of_each: Sequence[Sequence[str]]) -> list[subprocess.CompletedProcess[str]]:
-    """Run `fluxclip train` in as many processes as there are lists of changes, as one job."""
+def start(of_each: Sequence[Sequence[str]]) -> list[subprocess.Popen[str]]:
+    """Start `fluxclip train` in as many processes as there are lists of changes, as one job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,8 +50,13 @@ def job(of_each: Sequence[Sequence[str]]) -> list[subprocess.CompletedProcess[st
                 command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         )
+    return running
+
+
+def job(of_each: Sequence[Sequence[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """The processes of `start` when they have ended."""
     done = []
-    for process in running:
+    for process in start(of_each):
         out, err = process.communicate(timeout=300)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
@@ -72,6 +80,11 @@ def forget_from(run: Path, step: int) -> None:
 
 
 def test_two_processes_are_one_run_and_their_states_move(short: list[str], tmp_path: Path) -> None:
+    records = json.loads((tmp_path / "train.json").read_text())
+    for i in (3, 11):  # one that each process comes upon in its first steps, and its neighbour not
+        records[i]["video"] = str(tmp_path / f"bad{i}.mp4")
+        (tmp_path / f"bad{i}.mp4").write_text("no video")
+    (tmp_path / "train.json").write_text(json.dumps(records))
     alone, two = ([*short, f"output={tmp_path / name}"] for name in ("alone", "two"))
     (one,) = job([sets(alone)])
     assert one.returncode == 0, one.stderr
@@ -79,7 +92,9 @@ def test_two_processes_are_one_run_and_their_states_move(short: list[str], tmp_p
     assert [done.returncode for done in both] == [0, 0], both
     # what is said and written comes from one of them
     assert str(tmp_path / "two" / "best") in both[0].stdout
-    assert both[1].stdout == "" and "step" not in both[1].stderr
+    assert both[1].stdout == both[1].stderr == ""
+    for i in (3, 11):
+        assert one.stderr.count(f"bad{i}.mp4") == both[0].stderr.count(f"bad{i}.mp4") == 1
     expected = losses(tmp_path / "alone")
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=2e-4)
     weights = [load_model(tmp_path / name / "last").model.state_dict() for name in ("alone", "two")]
@@ -118,6 +133,7 @@ def test_what_is_wrong_in_one_process_stops_all_with_one_line(
     cases = [
         ([sets(short), sets(short, "--set", "optimizer.lr=1e-4")], "have different recipes: 'lr ="),
         ([sets(short, "--set", "data.1.batch=5")] * 2, "data.1.batch, 5 pairs a step, is not shar"),
+        ([sets([*short, f"output={tmp_path / 'val.json' / 'run'}"])] * 2, "val.json is no folder"),
     ]
     for of_each, message in cases:
         done = job(of_each)
@@ -125,3 +141,20 @@ def test_what_is_wrong_in_one_process_stops_all_with_one_line(
         assert message in done[0].stderr and done[0].stderr.count("\n") == 1
         assert done[1].stderr == ""
         assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_one_process_stops_all_alike(short: list[str], tmp_path: Path) -> None:
+    both = start([sets([*short, "optimizer.steps=1000"])] * 2)
+    try:
+        while not (tmp_path / "run" / "state" / "step-1").exists():
+            assert all(process.poll() is None for process in both)
+            time.sleep(0.05)
+        both[1].send_signal(signal.SIGTERM)
+        ended = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [143, 143], ended
+    assert "--resume goes on from there" in ended[0][1]
+    last = int(checkpoint.states(tmp_path / "run" / "state")[-1].name.removeprefix("step-"))
+    assert len(losses(tmp_path / "run")) == last

@@ -28,7 +28,7 @@ from fluxclip.training.loop import train
 from fluxclip.training.signals import StopSignals
 
 STEPS = 9  # four and a half epochs of the clips
-TIMINGS = ("seconds", "clips_per_s")
+TIMINGS = ("seconds", "clips_per_s", "tokens_per_s", "data_share", "memory_gib")
 
 
 def short(folder: Path, emoji: Path) -> list[str]:

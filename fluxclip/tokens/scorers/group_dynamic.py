@@ -10,6 +10,7 @@ Shape legend: B clips, N time steps, L patches per time step, D width.
 import torch
 from torch import Tensor
 
+from fluxclip.tokens.draws import Draws
 from fluxclip.tokens.scorers import uniform
 
 
@@ -37,7 +38,7 @@ def official_budget(budget: int, num_steps: int, patches_per_step: int) -> int:
     return len(sizes) * int((1 - ratio) * (num_steps // len(sizes)) * patches_per_step)
 
 
-def score(patches_BNLD: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+def score(patches_BNLD: Tensor, *, draws: Draws | None = None) -> Tensor:
     """Scores (B, N, L) in (-1, 0]: minus the share of its group that changes more.
 
     Scoring by rank within the group makes one `take` over the clip keep the same share of every

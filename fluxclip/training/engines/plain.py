@@ -7,28 +7,31 @@ from torch import Tensor
 
 from fluxclip import distributed
 from fluxclip.data.loader import Step
-from fluxclip.training import optimizer
+from fluxclip.training import gradient_cache, optimizer
 from fluxclip.training.forward import Forward
-from fluxclip.training.recipe import OptimizerRecipe
+from fluxclip.training.recipe import Recipe
 
 
 class Plain:
     """Whole weights and moments in every process."""
 
-    def __init__(self, forward: Forward, settings: OptimizerRecipe) -> None:
-        self.forward, self.clip_norm = forward, settings.clip_norm
+    def __init__(self, forward: Forward, recipe: Recipe) -> None:
+        self.forward, self.recipe, o = forward, recipe, recipe.optimizer
         self.adamw = optimizer.build(
-            forward, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
-            muon=settings.muon,
-        )  # fmt: skip
+            forward, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, muon=o.muon
+        )
         self.call: Any = distributed.averaging(forward, some_unused=forward.some_unused)
 
-    def loss(self, step: Step) -> tuple[Tensor, dict[str, float]]:
-        loss, parts = self.call(step)
-        return loss, parts
+    def backward(self, step: Step) -> tuple[float, dict[str, float]]:
+        self.adamw.zero_grad()
+        silent = {} if self.call is self.forward else {"silent": self.call.no_sync}
+        return gradient_cache.backward(
+            self.forward, step, pieces=self.recipe.pieces, call=self.call, **silent
+        )
 
-    def step_down(self, loss: Tensor, *, lr: float) -> float:
-        return optimizer.step_down(self.adamw, self.forward, loss, lr=lr, clip_norm=self.clip_norm)
+    def step_down(self, *, lr: float) -> float:
+        clip_norm = self.recipe.optimizer.clip_norm
+        return optimizer.step_down(self.adamw, self.forward, lr=lr, clip_norm=clip_norm)
 
     def state(self) -> dict[str, Tensor]:
         return self.forward.state() | optimizer.moments(self.adamw, self.forward)
@@ -40,6 +43,6 @@ class Plain:
         optimizer.set_moments(self.adamw, self.forward, tensors)
 
 
-def make(forward: Forward, settings: OptimizerRecipe) -> Plain:
+def make(forward: Forward, recipe: Recipe) -> Plain:
     """The engine over all that `forward` trains."""
-    return Plain(forward, settings)
+    return Plain(forward, recipe)
