@@ -31,6 +31,7 @@ from fluxclip.video.transforms import flip, resize, to_float
 
 # words that a mirrored picture would turn into a lie
 _SIDED = re.compile(r"\b(left|right)(wards?)?\b|\b(anti|counter)?clockwise\b", re.IGNORECASE)
+_MIXING = 1  # keeps what is drawn for boxes apart from what is drawn for samples
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -172,12 +173,15 @@ class Steps(Dataset[Step]):
     rank, world_size: of several processes each has an equal part of every source's pairs; together
     they have the pairs, crops and frames that one process alone has. ValueError for a batch that
     cannot be shared evenly.
+    mix: share of the clips with a teacher's features that have a box of another one, in the first
+    mix_steps steps (see `mixed`); which other one depends on the number of processes.
     """
 
     def __init__(
         self, sources: Sequence[Source], sampling: FluxSampling, augment: Augment, *, seed: int,
-        rank: int = 0, world_size: int = 1,
+        rank: int = 0, world_size: int = 1, mix: float = 0.0, mix_steps: int = 0,
     ) -> None:  # fmt: skip
+        self.mix, self.mix_steps = mix, mix_steps
         self.sources, self.sampling, self.augment, self.seed = sources, sampling, augment, seed
         self.rank, self.world_size = rank, world_size
         for number, source in enumerate(sources):
@@ -214,6 +218,10 @@ class Steps(Dataset[Step]):
             kind = len(sample.frames_THWC), sample.teacher_LC is not None
             by_kind.setdefault(kind, []).append((place, sample))
         batches = [_batch(group) for _, group in sorted(by_kind.items(), reverse=True)]
+        if self.mix and number < self.mix_steps:
+            rng = np.random.default_rng([self.seed, number, self.rank, 0, _MIXING])
+            patch = self.sampling.patch
+            batches = [mixed(batch, share=self.mix, patch=patch, rng=rng) for batch in batches]
         return Step(number, draw, tuple(batches), unreadable)
 
     def _own(self, indices: list[int]) -> list[tuple[int, int]]:
@@ -300,6 +308,37 @@ def _batch(group: Sequence[tuple[int, Sample]]) -> Batch:
         tuple(sample.name for sample in samples),
         tuple(place for place, _ in group),
         torch.stack(teacher) if teacher else None,
+    )
+
+
+def mixed(batch: Batch, *, share: float, patch: int, rng: np.random.Generator) -> Batch:
+    """The batch, `share` of its clips with a box replaced by that of another one; features alike.
+
+    CutMix (arXiv 1905.04899) in whole patches, for learning from a teacher alone, since captions
+    are no longer true: what the teacher says of a place is nearly what it says of the same pixels
+    beside others, so that few clips give many pictures and are not learned by heart. The box is the
+    same in all frames, its area drawn evenly from 0 to 1, cut off where it leaves the picture.
+    A batch without a teacher's features stays as it is.
+    """
+    b, _, height, width, _ = batch.frames_BTHWC.shape
+    if batch.teacher_BLC is None or b == 1:
+        return batch
+    rows, columns = height // patch, width // patch
+    half_B1 = np.sqrt(rng.random((b, 1))) / 2
+    row_B1, column_B1 = rng.random((b, 1)) * rows, rng.random((b, 1)) * columns
+    in_row_BR = np.abs(np.arange(rows) + 0.5 - row_B1) < half_B1 * rows
+    in_column_BC = np.abs(np.arange(columns) + 0.5 - column_B1) < half_B1 * columns
+    taken_B11 = (rng.random(b) < share)[:, None, None]
+    box_BRC = torch.from_numpy(taken_B11 & in_row_BR[:, :, None] & in_column_BC[:, None])
+    pixels_BHW = box_BRC.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    steps = batch.teacher_BLC.shape[1] // (rows * columns)
+    tokens_BL = box_BRC.flatten(1).repeat(1, steps)
+    other_B = (torch.arange(b) + int(rng.integers(1, b))) % b
+    frames, teacher = batch.frames_BTHWC, batch.teacher_BLC
+    return replace(
+        batch,
+        frames_BTHWC=torch.where(pixels_BHW[:, None, :, :, None], frames[other_B], frames),
+        teacher_BLC=torch.where(tokens_BL[..., None], teacher[other_B], teacher),
     )
 
 

@@ -190,4 +190,5 @@ def dataset(recipe: Recipe) -> loader.Steps:
     return loader.Steps(
         sources, recipe.sampling(), recipe.augment, seed=recipe.seed,
         rank=distributed.rank(), world_size=distributed.world_size(),
+        mix=recipe.distillation_mix, mix_steps=recipe.distillation_steps,
     )  # fmt: skip

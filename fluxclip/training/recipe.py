@@ -143,6 +143,7 @@ class Recipe:
     negatives: "all" also sets each clip against the names (first captions) of all records.
     distillation: weight of the distance to the teacher, for the data that have one.
     distillation_steps: so many steps at first learn from the teacher alone, captions come after.
+    distillation_mix: share of the clips that have a box of another one in those steps.
     save_minutes: most time between two saved states; after each validation there is one anyway.
     """
 
@@ -161,6 +162,7 @@ class Recipe:
     pieces: PositiveInt = 1
     distillation: NonNegativeFloat = 1.0
     distillation_steps: NonNegativeInt = 0
+    distillation_mix: Annotated[float, Field(ge=0, le=1)] = 0.0
     init: str = ""
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
@@ -189,6 +191,10 @@ class Recipe:
                 )
         if self.distillation_steps and not any(source.teacher for source in self.data):
             raise ValueError("distillation_steps needs a teacher in one of the [[data]] sections")
+        if self.distillation_mix and not self.distillation_steps:
+            raise ValueError(
+                "distillation_mix is for steps without captions: set distillation_steps"
+            )
         # made once here, so that mistakes show before any step is spent
         self.sampling()
         self.model_config()

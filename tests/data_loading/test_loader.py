@@ -1,12 +1,13 @@
 """Steps of training data: the same from any number of workers, true to their clips and captions."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fluxclip.data.loader import Augment, Source, Steps, _says_side, steps
+from fluxclip.data.loader import Augment, Batch, Source, Steps, _says_side, mixed, steps
 from fluxclip.data.sources.annotations import Record, read
 from fluxclip.tokens.budget import FluxSampling
 from fluxclip.video import read_clip
@@ -152,3 +153,31 @@ def test_pictures_are_mirrored_only_where_the_caption_stays_true(tmp_path: Path)
 
     assert left_is_bright("a half") == {True, False}
     assert left_is_bright("the left half") == {True}
+
+
+def test_a_box_of_another_clip_brings_its_features_along() -> None:
+    """Each patch shows the number of its clip and place, and the teacher says that number."""
+    b, t, rows, patch = 6, 2, 4, 14
+    number = torch.arange(b * rows * rows).view(b, 1, rows, rows).expand(-1, t, -1, -1)
+    pixels = number.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    batch = Batch(
+        pixels[..., None].expand(-1, -1, -1, -1, 3).to(torch.uint8), ("c",) * b, ("n",) * b,
+        tuple(range(b)), number.reshape(b, -1, 1).half(),
+    )  # fmt: skip
+    shares = []
+    for seed in range(40):
+        found = mixed(batch, share=0.5, patch=patch, rng=np.random.default_rng(seed))
+        assert found.teacher_BLC is not None
+        corners = found.frames_BTHWC[:, :, ::patch, ::patch, 0].reshape(b, -1)
+        assert torch.equal(corners.float(), found.teacher_BLC[..., 0].float())
+        whole = corners.view(b, t, rows, rows).repeat_interleave(patch, 2)
+        assert torch.equal(found.frames_BTHWC[..., 0], whole.repeat_interleave(patch, 3))
+        # the place stays, and the clip is its own or one other, the same for the whole step
+        assert torch.equal(corners % rows**2, number.reshape(b, -1) % rows**2)
+        shift = (corners // rows**2 - torch.arange(b)[:, None]) % b
+        assert len(set(shift.flatten().tolist()) - {0}) <= 1
+        shares.append((shift > 0).float().mean().item())
+    # half the clips, half of each at most, less what is cut off at the edges
+    assert 0.1 < np.mean(shares) < 0.25
+    bare = replace(batch, teacher_BLC=None)
+    assert mixed(bare, share=1.0, patch=patch, rng=np.random.default_rng(0)) is bare

@@ -133,6 +133,16 @@ def test_the_first_steps_learn_from_the_teacher_alone(taught: list[str]) -> None
     assert moved == [False, True]
 
 
+def test_boxes_are_mixed_only_while_the_teacher_alone_is_learned_from(taught: list[str]) -> None:
+    mixing = [*taught, "distillation_steps=2", "distillation_mix=1.0"]
+    plain, boxes = (dataset(read(changes)) for changes in (taught, mixing))
+    for number in range(4):
+        pairs = zip(plain[number].batches, boxes[number].batches, strict=True)
+        same = [torch.equal(a.frames_BTHWC, b.frames_BTHWC) for a, b in pairs]
+        assert same == [number >= 2] * len(same)
+    assert torch.equal(boxes[1].batches[0].frames_BTHWC, boxes[1].batches[0].frames_BTHWC)
+
+
 def test_teachers_of_other_widths_and_a_trained_text_tower_are_refused(
     taught: list[str], tmp_path: Path
 ) -> None:

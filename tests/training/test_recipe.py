@@ -104,6 +104,8 @@ def test_changes_are_applied_and_typed(path: Path) -> None:
         ("augment.crop_area=[0.5, 2]", "augment.crop_area.1: .*less than or equal to 1"),
         ("validation.every=0", "validation.every: .*greater than 0"),
         ("flux.grids=[[256, 8, 100]]", "multiples of 14"),
+        ("distillation_steps=3", r"distillation_steps needs a teacher in one of the \[\[data\]\]"),
+        ("distillation_mix=0.5", "distillation_mix needs distillation_steps: captions would"),
         ("flux.sides=[20, 40, 20]", r"small\.toml: flux\.sides must be multiples of the patch"),
         ("data.0.cache_frames=-1", "data.0.cache_frames: "),
         ("data.batch=4", "data is a list of 1, write its number, as in data.0.batch"),
