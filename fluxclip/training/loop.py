@@ -141,6 +141,8 @@ def _run(
             if validated:
                 scores = validation.score(model)
                 monitor.validated(step.number, scores)
+                # it takes long: who stops the run meanwhile waits for no other step
+                stopped |= distributed.mean({"stop": stop.received is not None})["stop"] > 0
                 if best is None or scores["val_mrr"] > best:
                     best = scores["val_mrr"]
                     run.save("best", model, step=done, seconds=monitor.seconds, scores=scores)
