@@ -192,9 +192,7 @@ class Recipe:
         if self.distillation_steps and not any(source.teacher for source in self.data):
             raise ValueError("distillation_steps needs a teacher in one of the [[data]] sections")
         if self.distillation_mix and not self.distillation_steps:
-            raise ValueError(
-                "distillation_mix is for steps without captions: set distillation_steps"
-            )
+            raise ValueError("distillation_mix needs distillation_steps: captions would be untrue")
         # made once here, so that mistakes show before any step is spent
         self.sampling()
         self.model_config()

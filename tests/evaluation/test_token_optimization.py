@@ -17,7 +17,7 @@ from fluxclip.evaluation.protocols import RetrievalTask
 from fluxclip.evaluation.protocols.annotations import read
 from fluxclip.evaluation.ranking import retrieval_ranks
 from fluxclip.evaluation.token_optimization import optimize, validation_loss
-from fluxclip.training.objectives.contrastive import info_nce
+from fluxclip.training.objectives import contrastive
 from fluxclip.video import Clip
 
 CANDIDATES = {18: [(2, 42), (2, 56), (4, 84)], 9: [(2, 42), (1, 56)]}
@@ -99,9 +99,9 @@ def test_the_chosen_grids_are_those_of_a_plain_loop(tiny: Embedder, eight: Retri
 def test_the_loss_is_that_of_training_over_the_whole_set(names: list[str]) -> None:
     videos, texts = unit(6, 16, seed=0), unit(6, 16, seed=1)
     right = np.array([[a == b for b in names] for a in names])
-    target = torch.from_numpy(right / right.sum(1, keepdims=True)).float()
-    scale = torch.tensor(14.0)
-    expected = info_nce(torch.from_numpy(videos), torch.from_numpy(texts), scale, target)
+    labels_BK = torch.tensor([[ord(name)] for name in names])
+    vectors = [torch.from_numpy(videos)], torch.from_numpy(texts), torch.tensor(14.0)
+    expected, _ = contrastive.make()(*vectors, labels_BK, align=0.0, negatives="local")
     assert validation_loss(videos, texts, right, 14.0) == pytest.approx(expected.item(), abs=1e-5)
 
 

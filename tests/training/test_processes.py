@@ -131,7 +131,10 @@ def test_what_is_wrong_in_one_process_stops_all_with_one_line(
     short: list[str], tmp_path: Path
 ) -> None:
     cases = [
-        ([sets(short), sets(short, "--set", "optimizer.lr=1e-4")], "have different recipes or files: 'lr ="),
+        (
+            [sets(short), sets(short, "--set", "optimizer.lr=1e-4")],
+            "have different recipes or files: 'lr =",
+        ),
         ([sets(short, "--set", "data.1.batch=5")] * 2, "data.1.batch, 5 pairs a step, is not shar"),
         ([sets([*short, f"output={tmp_path / 'val.json' / 'run'}"])] * 2, "val.json is no folder"),
     ]
