@@ -5,6 +5,7 @@ many there are; started alone it is the only one, and nothing here costs anythin
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 
+from fluxclip import stages
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd import Function
+    from torch.futures import Future
     from torch.nn import Module
 
 T = TypeVar("T")
@@ -44,7 +48,9 @@ def device() -> str | None:
 
 def num_cores() -> int:
     """Cores of this machine for each of the processes on it, at least 1."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # by torchrun's name, or that of DeepSpeed's launcher
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, (os.cpu_count() or 1) // int(processes))
 
 
 @contextmanager
@@ -76,6 +82,17 @@ def together(*, tensors: Literal["cpu", "device"] = "cpu") -> Iterator[None]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def join_alone() -> None:
+    """Connect a lone process to itself, for a library that wants a launcher and a group."""
+    import torch.distributed as dist
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    if world_size() == 1:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
 def gather_results(work: Callable[[], T]) -> list[T]:
@@ -114,7 +131,8 @@ def gather(value: T) -> list[T]:
     import torch.distributed as dist
 
     values = [value] * world_size()
-    dist.all_gather_object(values, value)
+    with stages.stage("communicate"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -147,26 +165,30 @@ def _functions() -> "tuple[type[Function], type[Function]]":
         @staticmethod
         def forward(ctx: Any, x_BD: torch.Tensor) -> torch.Tensor:
             x_ND = x_BD.new_empty((world_size() * len(x_BD), *x_BD.shape[1:]))
-            dist.all_gather_into_tensor(x_ND, x_BD.contiguous())
+            with stages.stage("communicate"):
+                dist.all_gather_into_tensor(x_ND, x_BD.contiguous())
             return x_ND
 
         @staticmethod
         def backward(ctx: Any, grad_ND: torch.Tensor) -> torch.Tensor:
             grad_BD = grad_ND.new_empty((len(grad_ND) // world_size(), *grad_ND.shape[1:]))
-            dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous())
+            with stages.stage("communicate"):
+                dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous())
             return grad_BD
 
     class Exchange(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x_ND: torch.Tensor) -> torch.Tensor:
             received_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-            dist.all_to_all_single(received_ND, x_ND.contiguous())
+            with stages.stage("communicate"):
+                dist.all_to_all_single(received_ND, x_ND.contiguous())
             return received_ND
 
         @staticmethod
         def backward(ctx: Any, grad_ND: torch.Tensor) -> torch.Tensor:
             sent_back_ND = torch.empty_like(grad_ND, memory_format=torch.contiguous_format)
-            dist.all_to_all_single(sent_back_ND, grad_ND.contiguous())
+            with stages.stage("communicate"):
+                dist.all_to_all_single(sent_back_ND, grad_ND.contiguous())
             return sent_back_ND
 
     return Gather, Exchange
@@ -180,14 +202,16 @@ def mean(numbers: Mapping[str, float]) -> dict[str, float]:
     import torch.distributed as dist
 
     x = torch.tensor(list(numbers.values()), dtype=torch.float64)
-    dist.all_reduce(x)
+    with stages.stage("communicate"):
+        dist.all_reduce(x)
     return dict(zip(numbers, (x / world_size()).tolist(), strict=True))
 
 
 def averaging(module: "Module", *, some_unused: bool) -> "Module":
     """The module, called through which it averages over processes the gradients it gets.
 
-    some_unused: some parameters may have no part in a call.
+    some_unused: some parameters may have no part in a call. Made while stages are measured, it
+    counts what the exchange takes, which goes on beside the backward pass, as "gradients".
     """
     if world_size() == 1:
         return module
@@ -196,7 +220,58 @@ def averaging(module: "Module", *, some_unused: bool) -> "Module":
     with warnings.catch_warnings():
         # torch 2.15 wants broadcast_buffers by another name, which 2.9 has not
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
+        made = DistributedDataParallel(
             module, broadcast_buffers=False, find_unused_parameters=some_unused,
             gradient_as_bucket_view=True,
         )  # fmt: skip
+    if stages.is_measured():
+        made.register_comm_hook(None, _timed_average())
+    return made
+
+
+class _Moment:
+    """Now, on the clock of what computes a tensor: the GPU's, or this process's."""
+
+    def __init__(self, tensor: "Tensor") -> None:
+        import torch
+
+        self.seconds, self.event = time.perf_counter(), None
+        if tensor.is_cuda:
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def since(self, earlier: "_Moment") -> float:
+        if self.event is None or earlier.event is None:
+            return self.seconds - earlier.seconds
+        return float(earlier.event.elapsed_time(self.event)) / 1000
+
+
+def _timed_average() -> "Callable[[Any, Any], Future[Tensor]]":
+    """What DDP does with a bucket of gradients, from its start to its end counted as "gradients".
+
+    A bucket waits until the one before is done: that time counts once.
+    """
+    import torch
+    import torch.distributed as dist
+
+    ended: list[_Moment] = []  # when the last bucket was done
+
+    # DDP reads the annotations: types, no strings
+    def average(
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
+        buffer = bucket.buffer().div_(world_size())
+        start = _Moment(buffer)
+
+        def done(future: "Future[list[Tensor]]") -> "Tensor":
+            moments, end = [start, *ended], _Moment(buffer)
+            ended[:] = [end]
+            stages.beside("gradients", lambda: min(end.since(moment) for moment in moments))
+            return future.value()[0]
+
+        work = dist.all_reduce(buffer, async_op=True)
+        assert work is not None
+        return work.get_future().then(done)
+
+    return average

@@ -27,6 +27,7 @@ _NEEDED_FOR = {
     "huggingface_hub": "hf:// models",
     "tensorboard": "training",
     "matplotlib": "plots",
+    "deepspeed": 'recipes with engine = "deepspeed"',
 }
 
 

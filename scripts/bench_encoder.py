@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fluxclip.model import attention
 from fluxclip.model.presets import preset
 from fluxclip.model.video_tower import VideoTower
+from fluxclip.training.flops import matrix_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = (8, 224)
@@ -80,7 +81,9 @@ class Bench:
         self.dtype = dtype
         self.plain, self.filtered = (self._tower(filter=kind) for kind in ("", "run_length"))
         self.filtered.load_state_dict(self.plain.state_dict())
-        self.peak = matrix_peak(dtype) if device == "cuda" else None
+        # multiply-accumulates per second
+        bf16 = dtype == torch.bfloat16
+        self.peak = matrix_peak(device, bf16=bf16) / 2 if device == "cuda" else None
 
     def _tower(self, **changes: Any) -> VideoTower:
         torch.manual_seed(0)
@@ -267,14 +270,6 @@ def peak_mib(run: Run, device: str) -> float | None:
 def _status_kib(status: Path, key: str) -> int:
     [line] = [line for line in status.read_text().splitlines() if line.startswith(f"{key}:")]
     return int(line.split()[1])
-
-
-@torch.inference_mode()
-def matrix_peak(dtype: torch.dtype) -> float:
-    """Multiply-accumulates per second of one large matrix product on the GPU."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    times = time_in_turn([lambda: a @ b], 10, "cuda")[0]
-    return 8192**3 / statistics.median(times)
 
 
 def cpu_name() -> str:

@@ -474,6 +474,8 @@ def test_mistakes_about_recipes_and_data(tmp_path: Path, emoji: Path) -> None:
     wrong = refused("train", recipe, "--set", "optimizer.learning_rte=1")
     assert "unknown key 'optimizer.learning_rte'" in wrong
     assert "number" in refused("train", recipe, "--set", 'optimizer.lr="fast"')
+    both = refused("train", recipe, "--profile", "--resume")
+    assert "--profile writes and resumes no run" in both
     new_run = ("--set", f"output={tmp_path}/run")  # the recipe's own may hold a run already
     gone = refused("train", recipe, *new_run, "--set", f"data.0.annotations={tmp_path}/gone.json")
     assert "gone.json" in gone

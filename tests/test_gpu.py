@@ -12,6 +12,8 @@ from fluxclip import load_model
 from fluxclip.model.attention import Segments, attend
 from fluxclip.model.presets import preset
 from fluxclip.model.video_tower import VideoTower
+from fluxclip.tokens.draws import Draws
+from fluxclip.training.flops import matrix_peak
 
 
 @pytest.fixture
@@ -99,3 +101,42 @@ def test_a_packed_pass_waits_for_the_gpu_once(gpu: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
     assert len(waits) <= 1, [f"{w.filename}:{w.lineno}" for w in waits]
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_blocks_computed_again_or_compiled_give_the_same_gradients(gpu: str, kind: str) -> None:
+    """In bf16, as in training; what is computed again takes a fraction of the memory."""
+    torch.manual_seed(0)
+    changes = {"filter": "run_length"} if kind == "packed" else {}
+    tower = VideoTower(preset("tiny", layer_scale=1.0, drop_path=0.3, **changes)).to(gpu)
+    x = torch.randn(16, 8, 112, 112, 3, device=gpu)
+    for i in range(16):
+        x[i, :, : 7 * i] = x[i, :1, : 7 * i]
+    draws = Draws(7, torch.arange(16, device=gpu))
+    results, peaks = [], []
+    for compiled, recompute in ((False, False), (False, True), (True, False), (True, True)):
+        tower.recompute = recompute
+        if compiled:
+            tower.compile_blocks()
+        tower.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            patches = tower.embed(x)
+            selection = tower.select(patches, None, draws=draws)
+            pooled = tower.pool(tower.encode(patches, selection, draws=draws)).float()
+        gradients = torch.autograd.grad(pooled.square().sum(), list(tower.parameters()))
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        results.append([pooled.detach(), *gradients])
+    assert peaks[1] <= 0.45 * peaks[0]
+    expected = results[0]
+    for found, bound in zip(results[1:], (1e-3, 5e-2, 5e-2), strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours - theirs).norm() <= bound * theirs.norm() + 3e-5
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_peak_of_matrix_products_is_that_of_a_gpu(gpu: str, bf16: bool) -> None:
+    assert matrix_peak(gpu, bf16=bf16, seconds=0.2) > 1e12

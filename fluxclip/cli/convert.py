@@ -57,15 +57,30 @@ def convert_fluxvit(
         int | None, typer.Option(help="keep only that of 3072, 2048 or 1024 tokens")
     ] = None,
     gelu: Annotated[Literal["tanh", "erf"], typer.Option(help="as in the training")] = "tanh",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="ENCODER:SOURCE of another text tower, as in "
+            "open_clip_tower:MobileCLIP-B/datacompdr_lt"
+        ),
+    ] = None,
 ) -> None:
     """Convert FluxViT's video tower, to be trained on.
 
     It comes without a text tower of its own: until it is trained it finds nothing by text.
     """
     from fluxclip.model.checkpoints.fluxvit import as_fluxclip
+    from fluxclip.model.presets import TextConfig
 
     new_folder(output)
-    _write_converted(as_fluxclip(checkpoint, gelu=gelu, projector=projector), output)
+    tower = None
+    if text is not None:
+        encoder, colon, source = text.partition(":")
+        if not (encoder and colon and source):
+            raise ValueError(f"a text tower is named ENCODER:SOURCE, got {text!r}")
+        tower = TextConfig(encoder, source, max_tokens=77)  # as many as CLIP's towers read
+    made = as_fluxclip(checkpoint, gelu=gelu, projector=projector, text=tower)
+    _write_converted(made, output)
 
 
 @convert_app.command("open-clip")

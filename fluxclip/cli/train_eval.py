@@ -27,6 +27,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what it would train, and every missing file")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="print where the time of a step goes, and train no further"),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest state of the recipe's run")
     ] = False,
@@ -41,7 +45,10 @@ def train(
     from fluxclip.training import recipe as recipes
     from fluxclip.training.loop import train
     from fluxclip.training.plan import plan
+    from fluxclip.training.profile import profile as profile_steps
 
+    if profile and (dry_run or resume):
+        raise ValueError("--profile writes and resumes no run: leave out --dry-run and --resume")
     command = shlex.join(["fluxclip", *sys.argv[1:]])
     changes = list(set or ())
     if init is not None:
@@ -58,6 +65,11 @@ def train(
             count = len(found.missing)
             files = "1 file" if count == 1 else f"{count:,} files"
             distributed.stop_all(FileNotFoundError(f"{recipe}: {files}, listed above, not found"))
+        return
+    if profile:
+        measured = profile_steps(settings)
+        if distributed.rank() == 0:
+            print("\n".join(measured.lines()))
         return
     folder = train(settings, resume=resume, console=console("stderr"), command=command)
     if distributed.rank() == 0:

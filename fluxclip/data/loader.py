@@ -20,6 +20,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fluxclip import stages
 from fluxclip.data.sources.annotations import Record
 from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.settings import settings
@@ -122,7 +123,9 @@ class Batch:
         self, device: torch.device, *, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> Tensor:
         """The frames as normalised float on the device; they travel there as bytes."""
-        return to_float(self.frames_BTHWC.to(device, non_blocking=True), mean=mean, std=std)
+        with stages.stage("copy"):
+            frames_BTHWC = self.frames_BTHWC.to(device, non_blocking=True)
+        return to_float(frames_BTHWC, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Step:
     """What one training step sees: its draw, and one batch per shape (stills have one frame).
 
     unreadable: path -> reason of files that another record stood in for. part: which one it is,
-    where a step has been split.
+    where a step has been split. seconds: by stage, what it took to make, if `Steps.timed`.
     """
 
     number: int
@@ -138,6 +141,7 @@ class Step:
     batches: tuple[Batch, ...]
     unreadable: Mapping[str, str]
     part: int = 0
+    seconds: Mapping[stages.Stage, float] = field(default_factory=dict)
 
     def pin_memory(self) -> "Step":
         return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
@@ -175,7 +179,10 @@ class Steps(Dataset[Step]):
     cannot be shared evenly.
     mix: share of the clips with a teacher's features that have a box of another one, in the first
     mix_steps steps (see `mixed`); which other one depends on the number of processes.
+    timed: whether to measure how long each stage of making a step takes, in whatever process.
     """
+
+    timed = False
 
     def __init__(
         self, sources: Sequence[Source], sampling: FluxSampling, augment: Augment, *, seed: int,
@@ -197,6 +204,13 @@ class Steps(Dataset[Step]):
         return sum(len(source.records) for source in self.sources)
 
     def __getitem__(self, number: int) -> Step:
+        if not self.timed:
+            return self._made(number)
+        with stages.measured() as seconds, stages.stage("other"):
+            step = self._made(number)
+        return replace(step, seconds=seconds)
+
+    def _made(self, number: int) -> Step:
         draw = self.sampling.draw(self.seed, number)
         unreadable: dict[str, str] = {}
         samples = [
@@ -217,12 +231,20 @@ class Steps(Dataset[Step]):
         for place, sample in samples:
             kind = len(sample.frames_THWC), sample.teacher_LC is not None
             by_kind.setdefault(kind, []).append((place, sample))
-        batches = [_batch(group) for _, group in sorted(by_kind.items(), reverse=True)]
+        with stages.stage("collate"):
+            batches = self._collated(number, sorted(by_kind.items(), reverse=True))
+        return Step(number, draw, tuple(batches), unreadable)
+
+    def _collated(
+        self, number: int, groups: Sequence[tuple[object, list[tuple[int, Sample]]]]
+    ) -> list[Batch]:
+        """A batch of each group of equal shapes, mixed where the step is to be."""
+        batches = [_batch(group) for _, group in groups]
         if self.mix and number < self.mix_steps:
             rng = np.random.default_rng([self.seed, number, self.rank, 0, _MIXING])
             patch = self.sampling.patch
             batches = [mixed(batch, share=self.mix, patch=patch, rng=rng) for batch in batches]
-        return Step(number, draw, tuple(batches), unreadable)
+        return batches
 
     def _own(self, indices: list[int]) -> list[tuple[int, int]]:
         """(slot, index) of this process's part of a source's records in a step."""
@@ -264,7 +286,8 @@ class Steps(Dataset[Step]):
         shares_T = spread(0.0, 1.0, 1 if record.is_still else draw.num_frames, rng)
         frames = self._frames(source, index, shares_T, draw.side, crop)
         if mirror:
-            frames = flip(frames[None], torch.tensor([True]))[0]
+            with stages.stage("crop"):
+                frames = flip(frames[None], torch.tensor([True]))[0]
         teacher_LC = None
         if source.teacher:
             tubelets_T = shares_T[:: self.sampling.tubelet]
@@ -294,8 +317,9 @@ class Steps(Dataset[Step]):
         top, left, bottom, right = crop
         size = source.cache_side
         (y0, y1), (x0, x1) = pixel_span(top, bottom, size), pixel_span(left, right, size)
-        cut = cached.frames_THWC[keep, y0:y1, x0:x1]
-        return resize(torch.from_numpy(cut)[None], side=side, fit="squash")[0]
+        with stages.stage("crop"):
+            cut = cached.frames_THWC[keep, y0:y1, x0:x1]
+            return resize(torch.from_numpy(cut)[None], side=side, fit="squash")[0]
 
 
 def _batch(group: Sequence[tuple[int, Sample]]) -> Batch:

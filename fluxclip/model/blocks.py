@@ -4,6 +4,10 @@ Tokens come dense, (B, K, D), or packed, (S, D) with the clips' `Segments`.
 Shape legend: B clips, K tokens of each, S tokens of all, D width.
 """
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +44,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with FluxViT's full-width q/k norm and local position term LPE, or without.
+    """What is around self-attention: FluxViT's full-width q/k norm and local position term LPE.
 
     q and k are normalised over all D channels, all heads together. LPE adds an affine map per
     channel of the values to the attended values: (softmax(q k^T / sqrt(d)) + diag) v.
@@ -58,18 +62,26 @@ class Attention(nn.Module):
             self.lpe_shift = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries and keys, and the values: what attention is over."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        out = attend(self.q_norm(q), self.k_norm(k), v, heads=self.heads, segments=segments)
+        # under autocast the norms give fp32, which attention would only have to make half again
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def behind(self, attended: Tensor, v: Tensor) -> Tensor:
+        """The branch's output from attended values and the values themselves."""
         if self.has_lpe:
-            out = out + torch.addcmul(self.lpe_shift, v, self.lpe_scale)
-        return self.proj(out)
+            attended = attended + torch.addcmul(self.lpe_shift, v, self.lpe_scale)
+        return self.proj(attended)
 
 
 class Block(nn.Module):
     """Pre-norm block with drop path drawn once per clip; the shape stays.
 
-    layer_scale: initial value of LayerScale, where the anatomy has it.
+    layer_scale: initial value of LayerScale, where the anatomy has it. is_compiled: in training,
+    what comes before and after attention runs as kernels that torch.compile makes. Attention has
+    its own, and the lengths of packed clips, which differ from step to step, stay out of them: one
+    compilation serves every grid and budget, and all blocks.
     """
 
     def __init__(
@@ -89,30 +101,58 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), gelu)
         self.ls2 = scale()
         self.drop_path = drop_path
+        self.is_compiled = False
 
     def forward(
         self, x: Tensor, segments: Segments | None = None, *, draws: Draws | None = None
     ) -> Tensor:
         """draws: of the clips, for drop path; without them torch's generator draws."""
-        attended = self.attn(self.norm1(x), segments)
-        x = self._add(x, attended, self.ls1, segments, draws and draws.at(0))
-        return self._add(x, self.mlp(self.norm2(x)), self.ls2, segments, draws and draws.at(1))
+        ahead, behind = Block._ahead, Block._behind
+        if self.is_compiled and self.training:
+            ahead, behind = _compiled(ahead), _compiled(behind)
+        factors = [self._factor(x, segments, draws and draws.at(place)) for place in (0, 1)]
+        q, k, v = ahead(self, x)
+        attended = attend(q, k, v, heads=self.attn.heads, segments=segments)
+        out: Tensor = behind(self, x, attended, v, *factors)
+        return out
 
-    def _add(
-        self, x: Tensor, branch: Tensor, scale: Tensor | None, segments: Segments | None,
-        draws: Draws | None,
+    def _ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.ahead(self.norm1(x))
+
+    def _behind(
+        self, x: Tensor, attended: Tensor, v: Tensor, factor_1: Tensor | None,
+        factor_2: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if self.training and self.drop_path:
-            # stochastic depth (arXiv 1603.09382): a clip keeps the branch or loses it whole
-            num_clips = len(x) if segments is None else len(segments)
-            drawn_B1 = draws.uniform(1) if draws else torch.rand(num_clips, 1, device=x.device)
-            kept_B1 = drawn_B1 >= self.drop_path
-            kept = kept_B1[:, None] if segments is None else kept_B1[segments.clip_S]
-            branch = branch * (kept / (1 - self.drop_path)).to(branch.dtype)
-        if scale is None:
-            return x + branch
-        # autocast keeps LayerScale's product in the precision of the residual stream
-        return torch.addcmul(x, branch.to(x.dtype), scale.to(x.dtype))
+        x = _add(x, self.attn.behind(attended, v), self.ls1, factor_1)
+        return _add(x, self.mlp(self.norm2(x)), self.ls2, factor_2)
+
+    def _factor(self, x: Tensor, segments: Segments | None, draws: Draws | None) -> Tensor | None:
+        """Stochastic depth (arXiv 1603.09382): a clip keeps a branch, larger, or loses it whole.
+
+        What the branch is multiplied by, (B, 1, 1) or (S, 1); None where nothing is dropped.
+        """
+        if not self.training or not self.drop_path:
+            return None
+        num_clips = len(x) if segments is None else len(segments)
+        drawn_B1 = draws.uniform(1) if draws else torch.rand(num_clips, 1, device=x.device)
+        kept_B1 = drawn_B1 >= self.drop_path
+        kept = kept_B1[:, None] if segments is None else kept_B1[segments.clip_S]
+        return kept / (1 - self.drop_path)
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
+    if factor is not None:
+        branch = branch * factor.to(branch.dtype)
+    if scale is None:
+        return x + branch
+    # autocast keeps LayerScale's product in the precision of the residual stream
+    return torch.addcmul(x, branch.to(x.dtype), scale.to(x.dtype))
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled when it is first called, once for all lengths and numbers of clips."""
+    return torch.compile(function, dynamic=True)
 
 
 class AttentionPool(nn.Module):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fluxclip import plugins
 from fluxclip.model.attention import Segments
@@ -109,11 +110,14 @@ class VideoTower(nn.Module):
     `tower(frames, budget)` is `embed`, `select`, `encode`, `pool` in this order; they are apart so
     that several budgets of one batch embed its patches once, and clips of several shapes go
     through the blocks together.
+
+    recompute: a block keeps only its input for the backward pass, and is computed again there.
     """
 
     def __init__(self, config: VideoTowerConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.recompute = False
         parts = c.parts
         self.scorer: Callable[..., Tensor] = plugins.load("fluxclip.tokens.scorers", c.scorer).score
         self.filter = _filter(c)
@@ -232,7 +236,15 @@ class VideoTower(nn.Module):
                     count_S = _with_class_tokens(count_S, count_S.new_ones(()), lengths)
         x = self.norm_before(x)
         for place, block in enumerate(self.blocks):
-            x = block(x, segments, draws=draws and draws.at(place))
+            own = draws and draws.at(place)
+            if self.recompute and torch.is_grad_enabled():
+                # draws of clips are the same again; only torch's generator has to be wound back
+                x = checkpoint(
+                    block, x, segments, draws=own, use_reentrant=False,
+                    preserve_rng_state=own is None,
+                )  # fmt: skip
+            else:
+                x = block(x, segments, draws=own)
         return Encoded(self.norm_after(x), lengths, segments, count_S, int(has_class))
 
     def _placed(self, patches: Patches, selection: Selection) -> Tensor:
@@ -265,6 +277,15 @@ class VideoTower(nn.Module):
     def _pool(self, encoded: Encoded, projector: int) -> Tensor:
         pooled_BP: Tensor = self.pools[projector](encoded.tokens, encoded.segments, encoded.count_S)
         return pooled_BP
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks for training, at its first step (a minute); weights keep their names.
+
+        It needs a C++ compiler, and on a GPU Triton, which comes with torch there.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.is_compiled = True
 
     @torch.no_grad()
     def count(self, frames_BTHWC: Tensor, budget: int | None = None) -> list[tuple[int, int]]:

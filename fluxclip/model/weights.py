@@ -54,7 +54,7 @@ def save(
         for name, tensor in own_state(model).items()
     }
     # each file replaces the old one whole, so that a full disk or a kill leaves a loadable folder
-    config, files = model.config, {} if model.text_is_frozen else model.text.files()
+    config, files = model.config, model.text.files() if model.text_is_stored else {}
     if files:
         config = replace(config, text=replace(config.text, source=OWN_TEXT))
         (folder / "text").mkdir(exist_ok=True)
@@ -128,7 +128,7 @@ def own_state(model: FluxCLIP) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not (model.text_is_frozen and name.startswith("text."))
+        if model.text_is_stored or not name.startswith("text.")
     }
 
 

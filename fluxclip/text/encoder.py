@@ -31,6 +31,12 @@ class TextEncoder(nn.Module, ABC):
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Ids (B, L) to features (B, width), not normalised."""
 
+    def recompute_blocks(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass, which computes them again.
+
+        Nothing, as here, for an encoder whose library does not offer it.
+        """
+
     def tokenizer_json(self) -> str:
         """What `tokenize` does as a file of the `tokenizers` library, padding and cut included.
 

@@ -4,6 +4,10 @@ Shape legend: B pairs of this process, D shared width.
 """
 
 import hashlib
+import os
+import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +21,7 @@ from fluxclip.data.loader import Batch, Source, Step
 from fluxclip.model.fluxclip import FluxCLIP, View
 from fluxclip.tokens.draws import Draws
 from fluxclip.training.distillation import Distillation
+from fluxclip.training.flops import caption_macs, clip_macs, passes
 from fluxclip.training.recipe import Recipe
 
 CAPTIONS_KEPT = 200_000  # features of so many take about 300 MB
@@ -28,7 +33,8 @@ class Features:
 
     views_BD: unit vectors of the clips, one tensor per budget. text_BD: of their captions.
     distance_B: to the teacher, of the clips that have one. captions, names: as in `Batch`.
-    num_tokens: that went into the blocks, of all views.
+    num_tokens: that went into the blocks, of all views. flops: of a training step of the towers,
+    see fluxclip/training/flops.py; what is looked up takes none.
     """
 
     views_BD: tuple[Tensor, ...]
@@ -37,6 +43,7 @@ class Features:
     captions: tuple[str, ...]
     names: tuple[str, ...]
     num_tokens: int
+    flops: float
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -52,7 +59,7 @@ class Forward(nn.Module):
     there are at most CAPTIONS_KEPT of them.
     `distillation`: heads that are trained with the model, where a source has a teacher. bf16: the
     towers run in it, the losses do not. Raises ValueError for negatives "all" with a text tower
-    that is trained.
+    that is trained, and for `compile` without a compiler.
     """
 
     def __init__(
@@ -64,6 +71,10 @@ class Forward(nn.Module):
         made = plugins.load("fluxclip.training.objectives", recipe.objective).make()
         self.objective: nn.Module = made.to(self.device)
         self.rows: dict[str, int] = {}
+        self._caption_macs: dict[int, int] = {}  # by number of text tokens
+        if recipe.compile:
+            _refuse_without_compiler()
+            model.video.compile_blocks()
         records = [record for source in sources for record in source.records]
         captions = {caption for record in records for caption in record.captions}
         if model.text_is_frozen and len(captions) <= CAPTIONS_KEPT:
@@ -74,7 +85,10 @@ class Forward(nn.Module):
                 f"have {len(captions):,}"
             )
         elif recipe.negatives == "all":
-            raise ValueError('negatives = "all" needs text.weights = "reference", a frozen tower')
+            raise ValueError(
+                'negatives = "all" needs text.weights = "reference" or freeze = ["text.*"]: a text '
+                "tower that is frozen"
+            )
         self.names = {name: i for i, name in enumerate(sorted({r.captions[0] for r in records}))}
         self.distillation = _distillation(model, sources)
 
@@ -93,7 +107,7 @@ class Forward(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """All weights, parameters/NAME, but those of a text tower that is only referred to."""
-        referred = "model.text." if self.model.text_is_frozen else "\0"
+        referred = "\0" if self.model.text_is_stored else "model.text."
         return {
             f"parameters/{name}": tensor
             for name, tensor in self.state_dict().items()
@@ -117,9 +131,13 @@ class Forward(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             views = [self._views(step, batch) for batch in step.batches]
             captions = tuple(caption for batch in step.batches for caption in batch.captions)
-            text_BD = self.model.project_text(self._text_features(captions))
+            text_BW, text_flops = self._text_features(captions)
+            text_BD = self.model.project_text(text_BW)
         with torch.autocast(self.device.type, enabled=False):
             distances = self._distances(step.batches, views)
+        # budgets that no clip has tokens for share a view
+        made = [list({id(view): view for view in of_batch}.values()) for of_batch in views]
+        clip_flops = [self._clip_flops(*of) for of in zip(step.batches, made, strict=True)]
         # a step may have drawn no source that has a teacher
         nothing = text_BD.new_zeros(0, dtype=torch.float32)
         return Features(
@@ -131,7 +149,8 @@ class Forward(nn.Module):
             distance_B=torch.cat(distances) if distances else nothing,
             captions=captions,
             names=tuple(name for batch in step.batches for name in batch.names),
-            num_tokens=sum(sum(v.selection.lengths) for of_batch in views for v in of_batch),
+            num_tokens=sum(sum(v.selection.lengths) for of_batch in made for v in of_batch),
+            flops=sum(clip_flops) + text_flops,
         )
 
     def loss(self, features: Features, *, number: int) -> tuple[Tensor, dict[str, float]]:
@@ -155,7 +174,8 @@ class Forward(nn.Module):
                 distance = features.distance_B.sum() / max(1, len(features.distance_B))
                 loss = loss + self.recipe.distillation * distance
                 parts["distance"] = distance.item()
-        return loss, {**parts, "tokens": float(features.num_tokens)}
+        work = {"tokens": float(features.num_tokens), "flops": float(features.flops)}
+        return loss, {**parts, **work}
 
     def _views(self, step: Step, batch: Batch) -> list[View]:
         settings = self.model.preprocess
@@ -165,6 +185,18 @@ class Forward(nn.Module):
             step.draw.budgets,
             draws=Draws(_number([self.recipe.seed, step.number]), clips_B),
         )
+
+    def _clip_flops(self, batch: Batch, views: Sequence[View]) -> float:
+        """Operations of a training step on a batch's clips, of which each view kept so many."""
+        tower = self.model.video
+        whole = tower.config.num_tokens(*batch.frames_BTHWC.shape[1:4])
+        kept = Counter(zip(*(view.selection.lengths for view in views), strict=True))
+        # a filter embeds what it left, at least as much as the largest view has
+        macs = sum(
+            number * clip_macs(tower, embedded=max(own) if tower.filter else whole, views=own)
+            for own, number in kept.items()
+        )
+        return 2 * passes(tower) * macs
 
     def _distances(self, batches: Sequence[Batch], views: Sequence[Sequence[View]]) -> list[Tensor]:
         """To the teacher, of the clips of each batch that has its features."""
@@ -181,15 +213,21 @@ class Forward(nn.Module):
 
         Few pairs fit a step on small machines; against all names the batch need not be large.
         """
-        all_ND = self.model.project_text(self._text_features(list(self.names)))
+        all_ND = self.model.project_text(self._text_features(list(self.names))[0])
         right_B = torch.tensor([self.names[name] for name in names], device=self.device)
         logits = [self.model.logit_scale * view_BD @ all_ND.T for view_BD in views_BD]
         return torch.stack([F.cross_entropy(logits_BN, right_B) for logits_BN in logits]).mean()
 
-    def _text_features(self, captions: Sequence[str]) -> Tensor:
+    def _text_features(self, captions: Sequence[str]) -> tuple[Tensor, float]:
+        """Features (B, W) of captions, and the operations that they take in a training step."""
         if self.rows:
-            return self.table_NW[[self.rows[caption] for caption in captions]]
-        return self.model.text_features(self.model.tokenize(captions).to(self.device))
+            return self.table_NW[[self.rows[caption] for caption in captions]], 0.0
+        encoder, ids_BL = self.model.text, self.model.tokenize(captions).to(self.device)
+        length = ids_BL.shape[1]
+        if length not in self._caption_macs:
+            self._caption_macs[length] = caption_macs(encoder, ids_BL)
+        flops = 2 * passes(encoder) * len(captions) * self._caption_macs[length]
+        return self.model.text_features(ids_BL), flops
 
     @torch.no_grad()
     def _features_of_all(self, captions: Iterable[str]) -> Tensor:
@@ -199,6 +237,17 @@ class Forward(nn.Module):
         chunks = [ordered[i : i + 64] for i in range(0, len(ordered), 64)]
         tokenize, encode = self.model.tokenize, self.model.text_features
         return torch.cat([encode(tokenize(chunk).to(self.device)) for chunk in chunks])
+
+
+def _refuse_without_compiler() -> None:
+    """ValueError where torch.compile would fail in the first step, as it finds no C++ compiler."""
+    # the one that it takes
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(name) is None:
+        raise ValueError(
+            f"compile = true needs the C++ compiler {name}, which is not there: install it, name "
+            f"another in the environment variable CXX, or leave compile out"
+        )
 
 
 def _distillation(model: FluxCLIP, sources: Sequence[Source]) -> Distillation | None:

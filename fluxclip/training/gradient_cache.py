@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fluxclip.data.loader import Step
+from fluxclip.stages import stage
 from fluxclip.training.forward import Features, Forward
 
 Call = Callable[..., tuple[Tensor, dict[str, float]]]
@@ -36,18 +37,22 @@ def backward(
     """
     call = call or forward
     if pieces == 1:
-        loss, parts = call(step)
-        run_back(loss)
+        with stage("forward"):
+            loss, parts = call(step)
+        with stage("backward"):
+            run_back(loss)
         return loss.item(), parts
     parts_of_step = step.split(pieces)
-    with torch.no_grad():
+    with torch.no_grad(), stage("forward"):
         cached = [forward.encode(part) for part in parts_of_step]
     whole = _joined(cached)
     for tensor in whole.tensors:
         tensor.requires_grad_()
-    loss, parts = forward.loss(whole, number=step.number)
+    with stage("forward"):
+        loss, parts = forward.loss(whole, number=step.number)
     inputs = [*whole.tensors, *forward.heads]
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    with stage("backward"):
+        found = torch.autograd.grad(loss, inputs, allow_unused=True)
     of_features, of_heads = found[: len(whole.tensors)], found[len(whole.tensors) :]
     starts = [0] * len(whole.tensors)
     for i, (part, piece) in enumerate(zip(parts_of_step, cached, strict=True)):
@@ -60,7 +65,10 @@ def backward(
         heads = zip(forward.heads, of_heads, strict=True) if is_last else ()
         then = partial(_product, gradients=gradients, heads=list(heads))
         with nullcontext() if is_last else silent():
-            run_back(call(part, then)[0])
+            with stage("forward"):
+                product = call(part, then)[0]
+            with stage("backward"):
+                run_back(product)
     return loss.item(), parts
 
 
@@ -84,4 +92,5 @@ def _joined(pieces: list[Features]) -> Features:
         captions=tuple(caption for piece in pieces for caption in piece.captions),
         names=tuple(name for piece in pieces for name in piece.names),
         num_tokens=sum(piece.num_tokens for piece in pieces),
+        flops=sum(piece.flops for piece in pieces),
     )

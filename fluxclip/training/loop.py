@@ -1,6 +1,8 @@
 """Pre-training: a recipe in, a run folder with the best and the last model out."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,8 +12,9 @@ from fluxclip import distributed
 from fluxclip.data import loader
 from fluxclip.data.sources import annotations
 from fluxclip.data.teacher import TeacherFeatures
-from fluxclip.training import engines, optimizer
+from fluxclip.training import engines, optimizer, wandb_log
 from fluxclip.training import recipe as recipes
+from fluxclip.training.flops import matrix_peak
 from fluxclip.training.forward import Forward
 from fluxclip.training.monitor import Monitor
 from fluxclip.training.recipe import Recipe
@@ -55,12 +58,19 @@ def _checked(
     made: list[tuple[RunFolder, loader.Steps, Validation]] = []
 
     def make() -> str:
+        if recipe.wandb:
+            wandb_log.refuse_without()
         run = RunFolder(recipe, command=command, resume=resume)
         made.append((run, dataset(recipe), Validation(recipe.validation)))
         files = [f"the file of {key} has SHA-256 {digest}" for key, digest in run.digests.items()]
         return "\n".join([recipes.to_toml(recipe), f"resume = {resume}", *files])
 
-    of_all = distributed.gather_results(make)
+    refuse_different(distributed.gather_results(make))
+    return made[0]
+
+
+def refuse_different(of_all: Sequence[str]) -> None:
+    """Stop all processes if the lines that each gave, of its recipe and files, are not the same."""
     for rank, other in enumerate(of_all):
         pairs = zip(of_all[0].splitlines(), other.splitlines(), strict=False)
         if differ := [f"{one!r} and {two!r}" for one, two in pairs if one != two]:
@@ -70,6 +80,20 @@ def _checked(
                     f"{differ[0]}"
                 )
             )
+
+
+def build(recipe: Recipe, data: loader.Steps) -> tuple[Forward, engines.Engine]:
+    """What trains, in every process, before its first step; what is wrong in one stops all."""
+    device = torch.device(distributed.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+    made: list[tuple[Forward, engines.Engine]] = []
+
+    def make() -> None:
+        torch.manual_seed(recipe.seed)
+        forward = Forward(recipe.build().to(device), data.sources, recipe, bf16=bf16)
+        made.append((forward, engines.make(recipe.engine, forward, recipe)))
+
+    distributed.gather_results(make)
     return made[0]
 
 
@@ -77,24 +101,16 @@ def _run(
     recipe: Recipe, run: RunFolder, data: loader.Steps, validation: Validation,
     console: Console | None,
 ) -> None:  # fmt: skip
-    device = torch.device(distributed.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
-    o, made = recipe.optimizer, []
-
-    def make() -> None:
-        torch.manual_seed(recipe.seed)
-        forward = Forward(recipe.build().to(device), data.sources, recipe, bf16=bf16)
-        made.append((forward.model, engines.make(recipe.engine, forward, recipe)))
-        run.start(made[0][1])
-
-    distributed.gather_results(make)
-    model, engine = made[0]
+    forward, engine = build(recipe, data)
+    distributed.gather_results(lambda: run.start(engine))
+    o, model = recipe.optimizer, forward.model
     start, best, unreadable = run.progress.step, run.progress.best, dict(run.progress.unreadable)
     skipped = 0  # steps in a row
     with (
         Monitor(
             run.path, steps=o.steps, start=start, seconds=run.progress.seconds, console=console,
-            silent=distributed.rank() > 0,
+            silent=distributed.rank() > 0, peak_flops=_peak(forward.device, bf16=forward.bf16),
+            wandb=recipe.wandb, settings=asdict(recipe),
         ) as monitor,
         StopSignals() as stop,
     ):  # fmt: skip
@@ -124,9 +140,11 @@ def _run(
             world_size = distributed.world_size()
             monitor.step(
                 step.number, pairs=step.num_pairs * world_size,
-                tokens=numbers.pop("tokens") * world_size, lr=lr,
+                tokens=numbers.pop("tokens") * world_size,
+                flops=numbers.pop("flops") * world_size, lr=lr,
                 gradient_norm=norm, logit_scale=model.logit_scale.item(), skipped=skipped,
-                num_frames=step.draw.num_frames, side=step.draw.side, **numbers,
+                unreadable=len(unreadable), num_frames=step.draw.num_frames,
+                side=step.draw.side, **numbers,
             )  # fmt: skip
             if skipped == MOST_SKIPPED:
                 distributed.stop_all(
@@ -158,6 +176,14 @@ def _run(
             if stopped:
                 monitor.say(f"stopped after step {done} of {o.steps}; --resume goes on from there")
                 stop.leave(max(filter(None, distributed.gather(stop.received)), default=None))
+
+
+def _peak(device: torch.device, *, bf16: bool) -> float | None:
+    """What the GPUs of all processes reach together, measured now (a second); None on CPUs."""
+    if device.type != "cuda":
+        return None
+    own = matrix_peak(device, bf16=bf16)
+    return distributed.mean({"peak": own})["peak"] * distributed.world_size()
 
 
 def _note_unreadable(

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar, metrics.jsonl and tensorboard."""
+"""What a run shows while it goes: a progress bar, metrics.jsonl, tensorboard, wandb if asked."""
 
 import json
 import math
@@ -6,17 +6,18 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fluxclip.training.checkpoint import writing
+from fluxclip.training.wandb_log import WandbLog
 
 S = TypeVar("S")
 
@@ -27,14 +28,17 @@ class Monitor:
     metrics.jsonl has one JSON object per line with "step", "seconds" of training, and the numbers
     given; tensorboard files stand beside it. A run that goes on after `start` steps and `seconds`
     of training loses what an earlier part of it logged beyond them. silent: write and show nothing,
-    as all processes of a job but one do.
+    as all processes of a job but one do. peak_flops: operations per second that the GPUs of all
+    processes reach; None on CPUs. wandb: a project that gets the numbers too, and `settings`.
     """
 
     def __init__(
         self, folder: Path, *, steps: int, start: int = 0, seconds: float = 0.0,
-        console: Console | None = None, silent: bool = False,
+        console: Console | None = None, silent: bool = False, peak_flops: float | None = None,
+        wandb: str = "", settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.silent = silent
+        self.silent, self.peak_flops = silent, peak_flops
+        self.wandb = WandbLog(wandb, folder=folder, settings=settings or {}) if wandb else None
         self.path, self.start = folder / "metrics.jsonl", start
         self.started = time.monotonic() - seconds
         self.console = console or Console()
@@ -62,6 +66,9 @@ class Monitor:
             )
             closing.callback(self.tensorboard.close)
             closing.enter_context(self.progress)
+            if self.wandb:
+                self.wandb.start(say=self.say)
+                closing.push(self.wandb.end)
             self._closing = closing.pop_all()
         return self
 
@@ -72,7 +79,7 @@ class Monitor:
         # lines are flushed as they are written: on a full disk closing fails as the last one did
         with suppress(OSError):
             if not self.silent:
-                self._closing.close()
+                self._closing.__exit__(kind, error, trace)
 
     @property
     def seconds(self) -> float:
@@ -91,12 +98,14 @@ class Monitor:
             yield step
 
     def step(
-        self, number: int, *, pairs: int, tokens: float, loss: float, **numbers: float
-    ) -> None:
+        self, number: int, *, pairs: int, tokens: float, flops: float, loss: float,
+        **numbers: float,
+    ) -> None:  # fmt: skip
         """Log a training step, 0 being the first, and move the bar.
 
-        Of its time since the last one: clips and tokens (of all processes) per second, and the
-        share that went by waiting for data.
+        pairs, tokens, flops: of all processes. Of its time since the last one: clips and tokens per
+        second, the share that went by waiting for data and, on GPUs, `mfu`, the share (0-1) of
+        their peak that the step's work makes.
         """
         now = self.seconds
         took = now - self._last if self._last else math.inf
@@ -106,6 +115,8 @@ class Monitor:
             "clips_per_s": rate, "tokens_per_s": tokens / took, "data_share": self._waited / took,
             "memory_gib": _peak_gib(),
         }  # fmt: skip
+        if self.peak_flops:
+            speed["mfu"] = flops / took / self.peak_flops
         self._write(number, {"loss": loss, **speed, **numbers})
         # a single step's loss is noise to the eye: the bar shows a moving average
         if math.isfinite(loss):
@@ -130,6 +141,8 @@ class Monitor:
             self.metrics.flush()
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(step, numbers)
 
     def flush(self) -> None:
         """Write what tensorboard holds back: a state must not know of more than the logs."""

@@ -71,9 +71,13 @@ def step_down(
 ) -> float:
     """One step at rate `lr` along the gradients there are; returns their norm before it was cut.
 
-    Where the norm is no number, there is no step.
+    Where the norm is no number, there is no step. What had no part in the loss is stepped too,
+    along a gradient of zero: so all engines do, and all processes of any number.
     """
     set_rate(adamw, lr)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
     if math.isfinite(norm):
         adamw.step()

@@ -1,6 +1,6 @@
 """What a recipe would train, on what and at what cost, found out before any step is spent."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +11,10 @@ from torch import Tensor
 from fluxclip import distributed, plugins
 from fluxclip.data.sources import annotations
 from fluxclip.model.fluxclip import FluxCLIP
+from fluxclip.training.flops import clip_macs, passes
 from fluxclip.training.loop import dataset
 from fluxclip.training.recipe import Recipe
 from fluxclip.training.validation import Validation
-
-# a training step is a forward and a backward pass, and the latter is twice the work
-_PASSES = 3
 
 
 @dataclass
@@ -112,7 +110,10 @@ def _millions(counts: dict[str, int]) -> str:
 
 
 def _work(model: FluxCLIP, recipe: Recipe, sources: list[Source]) -> list[str]:
-    """Tokens and multiply-accumulates of a step, over the grids that may be drawn."""
+    """Tokens and multiply-accumulates of a step, over the grids that may be drawn.
+
+    What pieces and activation checkpointing compute a second time is work here.
+    """
     stills = sum(source.num_stills for source in sources)
     clips = sum(source.batch for source in sources) - stills
     tokens, macs = [], []
@@ -123,11 +124,10 @@ def _work(model: FluxCLIP, recipe: Recipe, sources: list[Source]) -> list[str]:
             # budgets that a grid has no tokens for share a view; patches are embedded once for all
             views = {min(budget, whole) for budget in recipe.flux.budgets}
             of_grid += count * sum(views)
-            embedding = model.video.macs(whole, 0) - model.video.macs(0, 0)
-            work += count * sum(model.video.macs(whole, kept) - embedding for kept in views)
-            work += count * embedding
+            work += count * clip_macs(model.video, embedded=whole, views=tuple(views))
         tokens.append(of_grid)
-        macs.append((_PASSES + (recipe.pieces > 1)) * work)
+        again = (recipe.pieces > 1) + (model.video.recompute and not model.video_is_frozen)
+        macs.append((passes(model.video) + again) * work)
     share = "; what a filter drops is not taken off" if model.config.video.filter else ""
     return [
         f"tokens: {min(tokens):,.0f} to {max(tokens):,.0f} a step into the blocks, {_mean(tokens)}"
@@ -156,9 +156,23 @@ def _memory(model: FluxCLIP, recipe: Recipe, pairs: int) -> str:
 
 
 def kept_for_backward(model: FluxCLIP, recipe: Recipe) -> int:
-    """Bytes that a clip of the largest grid, at all budgets, keeps for the backward pass."""
+    """Bytes that a clip of the largest grid, at all budgets, keeps for the backward pass.
+
+    Where blocks are computed again there, those of the one block that is at it come on top.
+    """
     num_frames, side = max(recipe.sampling().admissible, key=lambda grid: model.num_tokens(*grid))
     frames = torch.randn(1, num_frames, side, side, 3)
+    kept = _kept(model, lambda: model.encode_video_views(frames, recipe.flux.budgets))
+    if model.video.recompute and not model.video_is_frozen:
+        c = model.config.video
+        most = min(max(recipe.flux.budgets), model.num_tokens(num_frames, side))
+        x_BKD = torch.randn(1, c.parts.class_token + most, c.width, requires_grad=True)
+        kept += _kept(model, lambda: model.video.blocks[-1](x_BKD))
+    return kept
+
+
+def _kept(model: FluxCLIP, work: Callable[[], object]) -> int:
+    """Bytes that autograd keeps of `work`, the model's weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # held, so that no address is used twice
 
@@ -169,5 +183,5 @@ def kept_for_backward(model: FluxCLIP, recipe: Recipe) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.encode_video_views(frames, recipe.flux.budgets)
+        work()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -26,6 +26,7 @@ from fluxclip.model.presets import (
 )
 from fluxclip.settings import parse, settings
 from fluxclip.tokens.budget import FluxSampling, GridTable
+from fluxclip.training.freeze import set_trained
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,7 +35,6 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 class ModelRecipe:
     """preset: tiny, small or base; dim: width of the shared space; the rest changes the preset.
 
-    text_projection: "frozen" leaves the text tower's space as it is, turned; for small sets.
     projectors: "shared" pools the tokens of every budget by the same weights; "per_budget" has
     weights for each of flux.budgets, and the nearest in log tokens serves the budgets between.
     filter, filter_settings, length_encoding, pool_by_length: see VideoTowerConfig.
@@ -43,7 +43,6 @@ class ModelRecipe:
     preset: str = "tiny"
     dim: PositiveInt = 256
     drop_path: float = 0.0
-    text_projection: Literal["trained", "frozen"] = "trained"
     scorer: str = "group_dynamic"
     gelu: Literal["tanh", "erf"] = "tanh"
     fit: Literal["crop", "squash"] = "crop"
@@ -130,20 +129,26 @@ class Recipe:
     """A whole run. output: the run folder.
 
     init: a model to start from, as load_model takes it; its architecture and its text tower are
-    then those of that model, and of [model] only drop_path and text_projection may be set. Empty
-    for fresh weights.
+    then those of that model, and of [model] only drop_path may be set. Empty for fresh weights.
+    freeze: what is not trained, patterns over the names of weights: training/freeze.py.
     precision: "auto" is bf16 on a GPU, fp32 on a CPU.
 
     save_as: number type of the weights in the model folders. workers: processes that decode.
-    engine: "plain", a file in fluxclip/training/engines, or a dotted name.
+    engine: "plain", "deepspeed", or a dotted name of a module that is one.
+    zero_stage: of deepspeed: 0, or 1 to share the optimizer's moments among processes, or 2 to
+    share gradients too.
     rows: of a contrast over several processes, "local" computes in each one its own, "full" all of
     them; the gradients are equal.
     pieces: a process's pairs of a step go through the towers in so many, one after the other; the
     gradients are exact, in the memory of one piece and the time of one more forward pass.
+    activation_checkpointing: the towers' blocks keep only their inputs for the backward pass and
+    are computed again in it; the gradients are exact.
+    compile: the video tower's blocks run as kernels that torch.compile makes at the first step.
     negatives: "all" also sets each clip against the names (first captions) of all records.
     distillation: weight of the distance to the teacher, for the data that have one.
     distillation_steps: so many steps at first learn from the teacher alone, captions come after.
     distillation_mix: share of the clips that have a box of another one in those steps.
+    wandb: a project at Weights & Biases that gets the numbers of each step too; empty for none.
     save_minutes: most time between two saved states; after each validation there is one anyway.
     """
 
@@ -159,16 +164,21 @@ class Recipe:
     negatives: Literal["step", "all"] = "step"
     rows: Literal["local", "full"] = "local"
     engine: str = "plain"
+    zero_stage: Literal[0, 1, 2] = 1
     pieces: PositiveInt = 1
+    activation_checkpointing: bool = False
+    compile: bool = False
     distillation: NonNegativeFloat = 1.0
     distillation_steps: NonNegativeInt = 0
     distillation_mix: Annotated[float, Field(ge=0, le=1)] = 0.0
     init: str = ""
+    freeze: tuple[str, ...] = ()
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     save_as: Literal["fp32", "fp16"] = "fp32"
     save_minutes: NonNegativeFloat = 10.0
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -176,10 +186,7 @@ class Recipe:
         if self.workers and any(source.cache_frames for source in self.data):
             raise ValueError("a source with cache_frames is kept by one process: set workers to 0")
         if self.init:
-            fresh = replace(
-                ModelRecipe(),
-                drop_path=self.model.drop_path, text_projection=self.model.text_projection,
-            )  # fmt: skip
+            fresh = replace(ModelRecipe(), drop_path=self.model.drop_path)
             given = [
                 f"model.{key}" for key, value in asdict(self.model).items()
                 if value != getattr(fresh, key)
@@ -189,6 +196,16 @@ class Recipe:
                     f"leave out {', '.join(given)}: with init, the model {self.init} brings it "
                     f"(--set model={{}} --set text={{}} empties both sections)"
                 )
+        if self.engine == "deepspeed" and self.zero_stage and self.optimizer.muon:
+            raise ValueError(
+                f"optimizer.muon needs whole matrices, and zero_stage = {self.zero_stage} cuts "
+                f"them: set zero_stage=0 or optimizer.muon=0"
+            )
+        if self.engine == "deepspeed" and self.zero_stage == 2 and self.pieces > 1:
+            raise ValueError(
+                "zero_stage = 2 gives gradients away after each piece: set zero_stage=1 for "
+                "pieces above 1"
+            )
         if self.distillation_steps and not any(source.teacher for source in self.data):
             raise ValueError("distillation_steps needs a teacher in one of the [[data]] sections")
         if self.distillation_mix and not self.distillation_steps:
@@ -232,13 +249,19 @@ class Recipe:
         )
 
     def build(self) -> FluxCLIP:
-        """The model before its first step, in training mode, what is not trained set so."""
+        """The model before its first step, in training mode, what is not trained set so.
+
+        With activation checkpointing its blocks are set to it. Raises ValueError for what `freeze`
+        cannot mean.
+        """
         config = self.model_config()
         if self.init:
             model = weights.load(self._initial[0], config=config)
         else:
             model = weights.build(config)
-        model.text_projection.requires_grad_(self.model.text_projection == "trained")
+        set_trained(model, self.freeze)
+        if self.activation_checkpointing:
+            model.recompute_blocks()
         return model.train()
 
     @cached_property

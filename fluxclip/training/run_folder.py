@@ -23,7 +23,10 @@ from fluxclip.training.recipe import Recipe
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # what may differ when a run is resumed: it changes no number, but by rounding. Annotations may lie
 # elsewhere if they are the same, which is compared.
-_MAY_DIFFER = ("output", "workers", "save_minutes", "pieces", "rows", "engine")
+_MAY_DIFFER = (
+    "output", "workers", "save_minutes", "pieces", "rows", "engine", "zero_stage",
+    "activation_checkpointing", "compile", "wandb",
+)  # fmt: skip
 
 
 class RunFolder:

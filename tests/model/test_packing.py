@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
 from fluxclip.model.attention import Segments, attend, attend_once
-from fluxclip.model.blocks import Attention, AttentionPool, Block
+from fluxclip.model.blocks import AttentionPool, Block
 from fluxclip.model.presets import ANATOMIES, preset
 from fluxclip.model.video_tower import VideoTower
 from fluxclip.tokens.scorers import group_dynamic
@@ -106,17 +106,19 @@ def test_under_autocast_a_gpu_s_packed_kernel_gets_half_precision(
         return torch.empty_like(v)
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    attention = Attention(64, 2, ANATOMIES[anatomy])
+    block = Block(
+        64, 2, mlp_ratio=2, gelu="tanh", layer_scale=0.1, drop_path=0, anatomy=ANATOMIES[anatomy]
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for name, parameter in attention.named_parameters():
+        for name, parameter in block.named_parameters():
             owner, _, leaf = name.rpartition(".")
             on_gpu = torch.nn.Parameter(torch.empty(parameter.shape, device="cuda"))
-            setattr(attention.get_submodule(owner), leaf, on_gpu)
+            setattr(block.get_submodule(owner), leaf, on_gpu)
         x_SD = torch.empty(7, 64, device="cuda")
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         try:
-            out = attention(x_SD, Segments((3, 4), "cuda"))
+            out = block(x_SD, Segments((3, 4), "cuda"))
         finally:
             torch.set_autocast_enabled("cuda", False)
         assert out.shape == x_SD.shape and out.device.type == "cuda"

@@ -127,3 +127,32 @@ def test_a_source_that_is_not_there_is_one_line(loaded: Loaded) -> None:
         load_encoder(loaded.name, "/no/such/source", max_tokens=MAX_TOKENS)
     assert "\n" not in str(error.value)
     assert str(error.value)
+
+
+def test_blocks_computed_again_have_the_same_gradients(loaded: Loaded) -> None:
+    """With the dropout that some have in training; and less is kept for the backward pass."""
+    encoder = loaded.encoder
+    ids_BL = encoder.tokenize(CAPTIONS)
+    again = load_encoder(loaded.name, loaded.source, max_tokens=MAX_TOKENS)
+    again.load_state_dict(encoder.state_dict())
+    again.recompute_blocks()
+    found, kept = [], []
+    for own in (encoder, again):
+        own.train()
+        tensors: dict[int, torch.Tensor] = {}  # held, so that no address is used twice
+
+        def pack(tensor: torch.Tensor, tensors: dict[int, torch.Tensor] = tensors) -> torch.Tensor:
+            tensors.setdefault(tensor.data_ptr(), tensor)
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = own(ids_BL).square().sum()
+        parameters = [p for p in own.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(total, parameters))
+        weights = {p.data_ptr() for p in own.parameters()}
+        kept.append(sum(t.nbytes for at, t in tensors.items() if at not in weights))
+        own.eval()
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+    assert kept[1] < 0.6 * kept[0]

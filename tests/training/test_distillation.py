@@ -58,7 +58,7 @@ def taught(changes: list[str], tmp_path: Path) -> list[str]:
             metadata={"videos": json.dumps(names)},
         )  # fmt: skip
         changes = [*changes, f"data.{number}.teacher={tmp_path / name}.safetensors"]
-    return [*changes, "negatives=all", "optimizer.muon=3", "model.text_projection=frozen"]
+    return [*changes, "negatives=all", "optimizer.muon=3", 'freeze=["text_projection.*"]']
 
 
 def test_a_run_learns_from_its_teacher_and_leaves_the_heads_behind(

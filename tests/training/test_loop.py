@@ -121,8 +121,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_so(changes: list[str]) 
 
 def test_metrics_are_json_where_a_step_was_skipped(tmp_path: Path) -> None:
     with Monitor(tmp_path, steps=2, console=QUIET) as monitor:
-        monitor.step(0, pairs=4, tokens=9, loss=math.nan, gradient_norm=math.inf, skipped=1)
-        monitor.step(1, pairs=4, tokens=9, loss=2.0, gradient_norm=1.0, skipped=0)
+        monitor.step(
+            0, pairs=4, tokens=9, flops=1e9, loss=math.nan, gradient_norm=math.inf, skipped=1
+        )
+        monitor.step(1, pairs=4, tokens=9, flops=1e9, loss=2.0, gradient_norm=1.0, skipped=0)
     broken, whole = metrics(tmp_path)
     assert broken["loss"] is broken["gradient_norm"] is None
     assert (broken["skipped"], whole["loss"]) == (1, 2.0)
@@ -138,7 +140,7 @@ def test_the_log_says_how_long_data_kept_a_step_waiting(tmp_path: Path) -> None:
     with Monitor(tmp_path, steps=3, console=QUIET) as monitor:
         for number in monitor.waiting(slowly()):
             time.sleep(0.05)
-            monitor.step(number, pairs=4, tokens=9, loss=1.0)
+            monitor.step(number, pairs=4, tokens=9, flops=1e9, loss=1.0)
     shares = [row["data_share"] for row in metrics(tmp_path)]
     assert shares[0] == 0  # there is no step before it
     assert all(0.3 < share < 1 for share in shares[1:])

@@ -100,8 +100,12 @@ def test_two_processes_are_one_run_and_their_states_move(short: list[str], tmp_p
     weights = [load_model(tmp_path / name / "last").model.state_dict() for name in ("alone", "two")]
     for name, tensor in weights[0].items():
         assert (weights[1][name] - tensor).abs().max() < 2e-3, name
-    # a state of one goes on in two, and one of two alone
-    for name, processes in (("alone", 2), ("two", 1)):
+    # so has DeepSpeed
+    zero = [*short, f"output={tmp_path / 'zero'}", "engine=deepspeed"]
+    assert [done.returncode for done in job([sets(zero)] * 2)] == [0, 0]
+    assert losses(tmp_path / "zero") == pytest.approx(expected, abs=2e-4)
+    # a state of one goes on in two, one of two alone, and one of DeepSpeed without it
+    for name, processes in (("alone", 2), ("two", 1), ("zero", 1)):
         forget_from(tmp_path / name, STEPS)
         again = job([sets([*short, f"output={tmp_path / name}"], "--resume")] * processes)
         assert [done.returncode for done in again] == [0] * processes, again
@@ -161,3 +165,22 @@ def test_a_signal_to_one_process_stops_all_alike(short: list[str], tmp_path: Pat
     assert "--resume goes on from there" in ended[0][1]
     last = int(checkpoint.states(tmp_path / "run" / "state")[-1].name.removeprefix("step-"))
     assert len(losses(tmp_path / "run")) == last
+
+
+def test_a_process_that_dies_ends_the_job(short: list[str], tmp_path: Path) -> None:
+    """Killed outright, it can tell nobody; the other one ends within a minute and says so."""
+    both = start([sets([*short, "optimizer.steps=1000"])] * 2)
+    try:
+        while not (tmp_path / "run" / "state" / "step-1").exists():
+            assert all(process.poll() is None for process in both)
+            time.sleep(0.05)
+        both[1].kill()
+        _, said = both[0].communicate(timeout=60)
+    finally:
+        for process in both:
+            process.kill()
+    assert both[0].returncode == 2
+    assert said.splitlines()[-1].startswith("fluxclip: another process of this job has ended")
+    assert "Traceback" not in said
+    saved = checkpoint.states(tmp_path / "run" / "state")[-1]
+    assert checkpoint.read_progress(saved).step >= 1

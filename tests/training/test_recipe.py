@@ -12,7 +12,8 @@ from fluxclip.model import weights
 from fluxclip.training import recipe as recipes
 from fluxclip.training.loop import train
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+# those of data that ship; the others: tests/test_configs.py
+CONFIGS = [Path(__file__).parents[2] / "configs" / f"{name}.toml" for name in ("demo", "emoji")]
 SMALL = """
 output = "runs/x"
 [flux]
@@ -142,7 +143,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 
 
 def test_the_shipped_recipes_are_right_whatever_files_are_there() -> None:
-    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")):
+    for path in CONFIGS:
         recipe = recipes.read(path)
         assert Path(recipe.data[0].annotations).is_file()
         recipe.model_config()

@@ -29,7 +29,7 @@ def test_both_towers_learn_and_queries_need_no_torch(changes: list[str], tmp_pat
             *changes, f"optimizer.steps={STEPS}", "optimizer.warmup_steps=1",
             f"validation.every={STEPS}", "text.encoder=sentencepiece_transformer",
             f"text.source={source}", "text.weights=stored", "text.max_tokens=24",
-            "negatives=step", "model.text_projection=trained",
+            "negatives=step",
         ]
     )  # fmt: skip
     torch.manual_seed(recipe.seed)

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from fluxclip.model.checkpoints import names
 from fluxclip.model.checkpoints.files import Converted, Report, read
-from fluxclip.model.fluxclip import FluxCLIP
 from fluxclip.model.presets import FluxCLIPConfig, TextConfig, VideoTowerConfig, preset
 from fluxclip.model.video_tower import FluxViTClassifier
-from fluxclip.model.weights import load_strictly
+from fluxclip.model.weights import build, load_strictly
 from fluxclip.settings import parse
-from fluxclip.text.encoder import load_encoder
 from fluxclip.tokens.budget import GridTable
 
 BUDGETS = (3072, 2048, 1024)  # projector, head and aligner i belong to the i-th of these
@@ -98,10 +96,7 @@ def as_fluxclip(
     else:
         video = replace(video, projector_budgets=BUDGETS)
     text = text or TextConfig()
-    model = FluxCLIP(
-        FluxCLIPConfig(video=video, grids=GridTable((8, 224)), text=text, dim=dim),
-        load_encoder(text.encoder, text.source, max_tokens=text.max_tokens),
-    )
+    model = build(FluxCLIPConfig(video=video, grids=GridTable((8, 224)), text=text, dim=dim))
     try:
         load_strictly(model.video, ours, source=str(path), expected=model.video.state_dict())
     except ValueError as error:

@@ -69,6 +69,12 @@ class HuggingFaceEncoder(TextEncoder):
         text: str = tokenizer.to_str()
         return text
 
+    def recompute_blocks(self) -> None:
+        if self.model.supports_gradient_checkpointing:
+            new_name = getattr(self.model, "activation_checkpointing_enable", None)
+            enable = new_name or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
     def forward(self, ids_BL: Tensor) -> Tensor:
         mask_BL = (ids_BL != self.tokenizer.pad_token_id).long()
         hidden_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state

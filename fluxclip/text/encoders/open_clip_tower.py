@@ -50,6 +50,12 @@ class OpenCLIPTower(TextEncoder):
     def are_cut(self, texts: Sequence[str]) -> list[bool]:
         return open_clip_models.are_cut(self.tokenizer, texts, limit=self.max_tokens)
 
+    def recompute_blocks(self) -> None:
+        # not all of the kinds of towers that open_clip knows have the switch
+        switch = getattr(self.tower, "set_grad_checkpointing", None)
+        if switch is not None:
+            switch(True)
+
     def forward(self, ids_BL: Tensor) -> Tensor:
         features_BD = self.tower(ids_BL)
         # CoCa's tower also returns its tokens

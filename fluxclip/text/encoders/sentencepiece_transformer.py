@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fluxclip.text import tokenizer
 from fluxclip.text.encoder import TextEncoder
@@ -37,6 +38,7 @@ class SentencePieceTransformer(TextEncoder):
         self.positions = nn.Parameter(torch.empty(max_tokens, size.width))
         self.blocks = nn.ModuleList(_Block(size.width, size.heads) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.width)
+        self.recompute = False
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -60,11 +62,18 @@ class SentencePieceTransformer(TextEncoder):
     def files(self) -> dict[str, bytes]:
         return tokenizer.contents(self.vocabulary, self.size)
 
+    def recompute_blocks(self) -> None:
+        self.recompute = True
+
     def forward(self, ids_BL: Tensor) -> Tensor:
         is_token_BL = ids_BL != self.pad_id
         x_BLD = self.embedding(ids_BL) + self.positions[: ids_BL.shape[1]]
         for block in self.blocks:
-            x_BLD = block(x_BLD, is_token_BL[:, None, None])
+            inputs = x_BLD, is_token_BL[:, None, None]
+            if self.recompute and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BLD = block(*inputs)
         weight_BL1 = is_token_BL[..., None].to(x_BLD.dtype)
         return (self.norm(x_BLD) * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
 

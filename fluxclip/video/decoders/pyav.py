@@ -21,6 +21,7 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from fluxclip.stages import each, stage
 from fluxclip.video.clip import VideoError, VideoInfo
 from fluxclip.video.framing import Framing, pixel_span
 
@@ -105,7 +106,8 @@ class PyavVideo:
             at_s = self._time_s(frame)
             # A frame that stays on screen is converted once.
             stays = bool(shown_s) and shown_s[-1] == at_s
-            pictures.append(pictures[-1] if stays else self._picture(frame, framing))
+            with stage("crop"):
+                pictures.append(pictures[-1] if stays else self._picture(frame, framing))
             shown_s.append(at_s)
         if len({picture.shape for picture in pictures}) > 1:
             raise VideoError(self._path, "its pictures change size on the way; give a side")
@@ -133,7 +135,7 @@ class PyavVideo:
         """Frames in the order they are shown, from where the container stands."""
         started = False
         try:
-            for packet in self._container.demux():
+            for packet in each("demux", self._container.demux()):
                 is_last = packet.size == 0 and packet.dts is None
                 if packet.stream.index != self._stream.index:
                     if not self._is_own_end and not is_last:
@@ -147,7 +149,8 @@ class PyavVideo:
                     self._reached_s = max(self._reached_s, _end_s(packet, self._tick))
                     self._skim_or_decode(packet)
                 try:
-                    frames = self._stream.decode(packet)
+                    with stage("decode"):
+                        frames = self._stream.decode(packet)
                 except av.error.InvalidDataError:
                     if started or self._is_own_end:
                         raise
@@ -231,7 +234,8 @@ class PyavVideo:
         back_s = 0.0 if self._can_seek else math.inf
         while back_s <= time_s:
             try:
-                self._container.seek(self._to_pts(time_s - back_s), stream=self._stream)
+                with stage("demux"):
+                    self._container.seek(self._to_pts(time_s - back_s), stream=self._stream)
                 if self._is_at_keyframe_before(time_s):
                     return
             except (av.FFmpegError, VideoError):
@@ -340,7 +344,8 @@ def _open(path: Path) -> tuple[InputContainer, VideoStream]:
     try:
         # "file:" keeps a name like "http:x" from being taken for an address, and a playlist that
         # claims to be an mp4 from reaching for anything but local files.
-        container = av.open(f"file:{path}", **_OPEN_OPTIONS)
+        with stage("read"):
+            container = av.open(f"file:{path}", **_OPEN_OPTIONS)
     except (av.error.InvalidDataError, av.error.EOFError) as error:
         reason = "not a video that FFmpeg can read, or its head or end is missing"
         raise VideoError(path, reason) from error
@@ -377,7 +382,7 @@ def _stated_end(path: Path, container: InputContainer, stream: VideoStream) -> t
 def _scanned_end_s(path: Path) -> float:
     """Where the video ends, on its clock, from reading all of it without decoding."""
     container, stream = _open(path)
-    with container:
+    with container, stage("read"):
         tick = _tick(stream)
         return max((_end_s(packet, tick) for packet in container.demux(stream)), default=0.0)
 
