@@ -22,7 +22,8 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fluxclip.data.sources.annotations import Record, read
+from fluxclip.data.sources import Record
+from fluxclip.data.sources.annotations import read
 from fluxclip.video import is_image, read_clip
 
 SIDE = 256

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fluxclip import stages
-from fluxclip.data.sources.annotations import Record
+from fluxclip.data.sources import Records
 from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.settings import settings
 from fluxclip.tokens.budget import Draw, FluxSampling
-from fluxclip.video import Clip, VideoError, VideoInfo, probe, read_clip
+from fluxclip.video import Clip, VideoError, VideoInfo
 from fluxclip.video.framing import pixel_span
 from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
 from fluxclip.video.transforms import flip, resize, to_float
@@ -59,7 +59,7 @@ class Source:
     teacher: feature maps of the same records, to be learned from.
     """
 
-    records: Sequence[Record]
+    records: Records
     batch: int
     captions: Literal["one", "first"] = "one"
     cache_frames: int = 0
@@ -71,7 +71,7 @@ class Source:
     def info(self, index: int) -> VideoInfo:
         """Duration and size of a record's file."""
         if index not in self._infos:
-            self._infos[index] = probe(self.records[index].video)
+            self._infos[index] = self.records.info(index)
         return self._infos[index]
 
     def clip(self, index: int) -> Clip | None:
@@ -79,9 +79,8 @@ class Source:
         if not self.cache_frames:
             return None
         if index not in self._cache:
-            path = self.records[index].video
-            self._cache[index] = read_clip(
-                path, num_frames=self.cache_frames, side=self.cache_side, fit="squash"
+            self._cache[index] = self.records.clip(
+                index, num_frames=self.cache_frames, side=self.cache_side, fit="squash"
             )
         return self._cache[index]
 
@@ -303,14 +302,13 @@ class Steps(Dataset[Step]):
         crop: tuple[float, float, float, float],
     ) -> Tensor:  # fmt: skip
         """uint8 frames (T, side, side, 3) of a record, at those shares of its duration."""
-        path = source.records[index].video
         cached = source.clip(index)
         if cached is None:
             if source.records[index].is_still:
-                clip = read_clip(path, num_frames=1, side=side, crop=crop)
+                clip = source.records.clip(index, num_frames=1, side=side, crop=crop)
             else:
                 times_s = shares_T * source.info(index).duration_s
-                clip = read_clip(path, times_s=times_s, side=side, crop=crop)
+                clip = source.records.clip(index, times_s=times_s, side=side, crop=crop)
             return torch.from_numpy(clip.frames_THWC)
         # a cached clip's frames are evenly spread over it, so equal parts of them are of time too
         keep = (shares_T * len(cached.times_s)).astype(int)

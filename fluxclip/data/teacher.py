@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fluxclip.data.sources.annotations import Record
+from fluxclip.data.sources import Record
 
 
 class TeacherFeatures:

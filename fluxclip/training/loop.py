@@ -9,8 +9,7 @@ import torch
 from rich.console import Console
 
 from fluxclip import distributed
-from fluxclip.data import loader
-from fluxclip.data.sources import annotations
+from fluxclip.data import loader, sources
 from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.training import engines, optimizer, wandb_log
 from fluxclip.training import recipe as recipes
@@ -206,17 +205,17 @@ def _note_unreadable(
 
 def dataset(recipe: Recipe) -> loader.Steps:
     """The steps of a recipe; its annotation files are read and checked here."""
-    sources = [
+    made = [
         loader.Source(
             records, s.batch, captions=s.captions,
             cache_frames=s.cache_frames, cache_side=s.cache_side,
             teacher=TeacherFeatures(s.teacher, records) if s.teacher else None,
         )
         for s in recipe.data
-        for records in (annotations.read(s.annotations),)
+        for records in (sources.read(s.source, s.annotations),)
     ]  # fmt: skip
     return loader.Steps(
-        sources, recipe.sampling(), recipe.augment, seed=recipe.seed,
+        made, recipe.sampling(), recipe.augment, seed=recipe.seed,
         rank=distributed.rank(), world_size=distributed.world_size(),
         mix=recipe.distillation_mix, mix_steps=recipe.distillation_steps,
     )  # fmt: skip

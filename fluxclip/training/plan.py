@@ -1,6 +1,6 @@
 """What a recipe would train, on what and at what cost, found out before any step is spent."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fluxclip import distributed, plugins
-from fluxclip.data.sources import annotations
+from fluxclip.data import sources as data_sources
+from fluxclip.data.sources import Record
 from fluxclip.model.fluxclip import FluxCLIP
 from fluxclip.training.flops import clip_macs, passes
 from fluxclip.training.loop import dataset
@@ -71,21 +72,21 @@ def plan(recipe: Recipe) -> Plan:
 def _sources(recipe: Recipe, missing: list[Path]) -> Iterator[Source]:
     """The sources whose annotations are there; files that are not, validation's too, are noted."""
     for section in recipe.data:
-        records = _records(section.annotations, missing)
+        records = _records(section.source, section.annotations, missing)
         if section.teacher and not Path(section.teacher).is_file():
             missing.append(Path(section.teacher))
         if records:
             stills = sum(record.is_still for record in records) / len(records)
             name = Path(section.annotations).name
             yield Source(name, len(records), section.batch, stills * section.batch)
-    _records(recipe.validation.annotations, missing)
+    _records("annotations", recipe.validation.annotations, missing)
 
 
-def _records(path: str, missing: list[Path]) -> list[annotations.Record]:
+def _records(kind: str, path: str, missing: list[Path]) -> Sequence[Record]:
     if not Path(path).exists():
         missing.append(Path(path))
         return []
-    records = annotations.read(path, check_files=False)
+    records = data_sources.read(kind, path, check_files=False)
     videos = dict.fromkeys(record.video for record in records)
     missing += [video for video in videos if not video.is_file()]
     return records

@@ -77,6 +77,7 @@ class FluxRecipe:
 class SourceRecipe:
     """A file of annotations, and how many of its pairs are in each step.
 
+    source: what `annotations` stands for, a file of fluxclip/data/sources or a dotted name.
     cache_frames: 0 decodes a clip each time it is used; n keeps n frames of every clip in memory,
     `cache_side` pixels square (small sets only). captions: "one" draws one of a record's captions,
     "first" always takes the first. teacher: a file of features of the same records to learn from,
@@ -85,6 +86,7 @@ class SourceRecipe:
 
     annotations: str
     batch: PositiveInt
+    source: str = "annotations"
     captions: Literal["one", "first"] = "one"
     cache_frames: NonNegativeInt = 0
     cache_side: PositiveInt = 128

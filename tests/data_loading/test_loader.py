@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fluxclip.data.loader import Augment, Batch, Source, Steps, _says_side, mixed, steps
-from fluxclip.data.sources.annotations import Record, read
+from fluxclip.data.sources import Record, Records
+from fluxclip.data.sources.annotations import read
 from fluxclip.tokens.budget import FluxSampling
 from fluxclip.video import read_clip
 
@@ -17,7 +18,8 @@ PLAIN = Augment(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=False, vary_t
 
 
 def sources(emoji: Path, **changes: object) -> list[Source]:
-    clips, stills = read(emoji / "train.json")[:6], read(emoji / "stills.json")[:5]
+    clips = Records(read(emoji / "train.json")[:6])
+    stills = Records(read(emoji / "stills.json")[:5])
     return [Source(clips, 4, **changes), Source(stills, 3, **changes)]  # type: ignore[arg-type]
 
 
@@ -105,7 +107,7 @@ def test_crops_of_a_wide_picture_are_square(tmp_path: Path, cache_frames: int) -
             ImageDraw.Draw(picture).ellipse((x + 4, y + 4, x + 36, y + 36), fill="white")
     picture.save(tmp_path / "discs.png")
     augment = Augment(crop_area=(0.3, 0.3), crop_aspect=(1.0, 1.0), flip=False)
-    source = Source([Record(tmp_path / "discs.png", ("discs",), None)], 1,
+    source = Source(Records([Record(tmp_path / "discs.png", ("discs",), None)]), 1,
                     cache_frames=cache_frames, cache_side=256)  # fmt: skip
     frame = Steps([source], SAMPLING, augment, seed=0)[0].batches[0].frames_BTHWC[0, 0]
     bright = (frame.float().mean(-1) > 128).float()
@@ -121,7 +123,7 @@ def test_a_file_that_cannot_be_read_is_named_and_replaced(
 ) -> None:
     bad = tmp_path / "bad.mp4"
     bad.write_text("no video")
-    records = [Record(bad, ("bad",), None), *read(emoji / "train.json")[:2]]
+    records = Records([Record(bad, ("bad",), None), *read(emoji / "train.json")[:2]])
     data = Steps([Source(records, 3)], SAMPLING, Augment(), seed=0)
     (step,) = steps(data, start=0, stop=1, workers=workers)
     assert list(step.unreadable) == [str(bad)]
@@ -129,7 +131,7 @@ def test_a_file_that_cannot_be_read_is_named_and_replaced(
     assert step.num_pairs == 3
     assert "bad" not in step.batches[0].names
     with pytest.raises(ValueError, match="no file of a source can be read"):
-        _ = Steps([Source(records[:1], 3)], SAMPLING, Augment(), seed=0)[0]
+        _ = Steps([Source(Records(records[:1]), 3)], SAMPLING, Augment(), seed=0)[0]
 
 
 def test_pictures_are_mirrored_only_where_the_caption_stays_true(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_pictures_are_mirrored_only_where_the_caption_stays_true(tmp_path: Path)
     Image.fromarray(pixels).save(tmp_path / "half.png")
 
     def left_is_bright(caption: str) -> set[bool]:
-        records = [Record(tmp_path / "half.png", (caption,), None)]
+        records = Records([Record(tmp_path / "half.png", (caption,), None)])
         augment = Augment(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0))
         data = Steps([Source(records, 1)], SAMPLING, augment, seed=0)
         frames = [data[number].batches[0].frames_BTHWC[0, 0] for number in range(20)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fluxclip.data.sources.annotations import Record
+from fluxclip.data.sources import Record
 from fluxclip.data.teacher import TeacherFeatures
 
 ROWS = 16

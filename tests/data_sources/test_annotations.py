@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxclip.data.sources.annotations import Record, read
+from fluxclip.data.sources import Record
+from fluxclip.data.sources.annotations import read
 
 
 def write(folder: Path, content: object) -> Path:
@@ -36,7 +37,7 @@ def test_one_caption_or_several_and_paths_from_the_folder_of_the_file(
         {"video": "a.mp4", "caption": "one"},
         {"video": str(emoji / "clips" / "1f308.mp4"), "caption": ["two", "zwölf"], "extra": 1},
     ]
-    assert read(write(tmp_path, items)) == [
+    assert list(read(write(tmp_path, items))) == [
         Record(tmp_path / "a.mp4", ("one",), None),
         Record(emoji / "clips" / "1f308.mp4", ("two", "zwölf"), None),
     ]
@@ -49,7 +50,7 @@ def test_paths_count_from_a_folder_that_is_given(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"1 of 1 .* count from {clips}/"):
         read(path, folder=clips)
     (clips / "b.mp4").touch()
-    assert read(path, folder=clips) == [Record(clips / "b.mp4", ("x",), None)]
+    assert list(read(path, folder=clips)) == [Record(clips / "b.mp4", ("x",), None)]
 
 
 def test_byte_order_mark_is_read_over(tmp_path: Path) -> None:

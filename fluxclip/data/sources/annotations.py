@@ -6,34 +6,15 @@ and "family" are left alone.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxclip.video import is_image
+from fluxclip.data.sources import Record, Records
 
 _SHOWN = 3  # missing files named in an error
 
 
-@dataclass(frozen=True)
-class Record:
-    """A video or image file, its captions (at least one, none of them empty) and its family.
-
-    Records of one family are variants of the same thing and belong on one side of a split;
-    `family` is None where the file gives none.
-    """
-
-    video: Path
-    captions: tuple[str, ...]
-    family: str | None
-
-    @property
-    def is_still(self) -> bool:
-        """Whether the file is a picture, by its name."""
-        return is_image(self.video)
-
-
-def read(path: str | Path, *, check_files: bool = True, folder: Path | None = None) -> list[Record]:
+def read(path: str | Path, *, check_files: bool = True, folder: Path | None = None) -> Records:
     """The records of an annotation file, in its order.
 
     Relative paths count from `folder`, by default the annotation file's own. Raises
@@ -50,7 +31,7 @@ def read(path: str | Path, *, check_files: bool = True, folder: Path | None = No
     ]
     if check_files:
         _require_files([record.video for record in records], path, folder)
-    return records
+    return Records(records)
 
 
 def _load(path: Path) -> list[Any]:
