@@ -1,7 +1,7 @@
 # Each target sets up what it needs: an environment in .venv, the packages in it, then its work.
-# With a GPU that FAISS should use: make demo FLUXCLIP_EXTRAS=gpu,demo,deepspeed,dev
+# With a GPU that FAISS should use: make demo FLUXCLIP_EXTRAS=gpu,demo,dev
 
-FLUXCLIP_EXTRAS ?= cpu,demo,deepspeed,dev
+FLUXCLIP_EXTRAS ?= cpu,demo,dev
 
 PYTHON = $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \

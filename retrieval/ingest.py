@@ -27,6 +27,7 @@ from fluxclip.video import (
     read_clip,
     windows,
 )
+from fluxclip.video.chunks import SUFFIX, TABLE, is_folder_of_chunks
 
 from .store import FileState
 
@@ -128,14 +129,15 @@ def find_sources(paths: Sequence[str | Path], *, recursive: bool) -> list[Source
     """Files, folders and patterns (`*?[`) -> sources in a fixed order, each file once.
 
     In folders and patterns only videos and images count, told by their suffix, and nothing that
-    starts with a dot. What is not there, or is a folder without videos, becomes a source with an
-    error. ValueError if nothing is found at all, or a path is empty.
+    starts with a dot. A folder of chunks is a video. What is not there, or is a folder without
+    videos, becomes a source with an error. ValueError if nothing is found at all, or a path is
+    empty.
     """
     found: dict[str, Source] = {}
     without: list[str] = []
     for given in map(str, paths):
         path = full_path(given)
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not is_folder_of_chunks(Path(path)):
             inside = _in_folder(path, recursive)
         elif os.path.lexists(path) or not glob.has_magic(given):
             found.setdefault(path, Source(path)).is_named = True
@@ -249,8 +251,10 @@ def _in_folder(folder: str, recursive: bool) -> list[Source]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        files = sorted(filter(_is_wanted, names))
+        shown = sorted(name for name in folders if not name.startswith("."))
+        of_chunks = [name for name in shown if name.endswith(SUFFIX)]
+        folders[:] = [name for name in shown if recursive and name not in of_chunks]
+        files = sorted([*filter(_is_wanted, names), *of_chunks])
         sources += [Source(os.path.join(parent, name)) for name in files]
     return sources
 
@@ -258,7 +262,9 @@ def _in_folder(folder: str, recursive: bool) -> list[Source]:
 def _matching(pattern: str, recursive: bool) -> list[Source]:
     sources: list[Source] = []
     for path in map(os.path.abspath, sorted(glob.glob(pattern, recursive=True))):
-        if os.path.isdir(path):
+        if is_folder_of_chunks(Path(path)):
+            sources.append(Source(path))
+        elif os.path.isdir(path):
             sources += _in_folder(path, recursive)
         elif _is_wanted(os.path.basename(path)):
             sources.append(Source(path))
@@ -282,13 +288,16 @@ def _inspect(source: Source, known: FileState | None) -> None:
         source.path.encode()  # SQLite keeps text as UTF-8
     except UnicodeEncodeError as error:
         raise ValueError("its name is not UTF-8: rename it") from error
-    status = os.stat(source.path)
+    # chunks are those of the video that their table describes
+    is_of_chunks = is_folder_of_chunks(Path(source.path))
+    path = os.path.join(source.path, TABLE) if is_of_chunks else source.path
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")
     if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
         source.state = known
         return
-    with open(source.path, "rb") as file:
+    with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     source.state = FileState(status.st_size, status.st_mtime_ns, sha256)
     source.is_new = known is None or known.sha256 != sha256

@@ -107,7 +107,7 @@ def test_a_dry_run_lists_the_corpora_that_are_missing(place: Path) -> None:
     shutil.rmtree(place / "models")
     done = fluxclip("train", "configs/flux-clip-small-phase1.toml", "--dry-run")
     assert done.returncode == 2
-    assert "unknown model '../models/fluxvit-s'" in done.stderr
+    assert "init = '../models/fluxvit-s': there is no such folder" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

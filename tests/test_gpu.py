@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from fluxclip import load_model
+from fluxclip.data.loader import Augment, Source, Steps, steps
+from fluxclip.data.sources.annotations import read
 from fluxclip.model.attention import Segments, attend
 from fluxclip.model.presets import preset
 from fluxclip.model.video_tower import VideoTower
+from fluxclip.tokens.budget import FluxSampling
 from fluxclip.tokens.draws import Draws
 from fluxclip.training.flops import matrix_peak
 
@@ -140,3 +143,14 @@ def test_blocks_computed_again_or_compiled_give_the_same_gradients(gpu: str, kin
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_peak_of_matrix_products_is_that_of_a_gpu(gpu: str, bf16: bool) -> None:
     assert matrix_peak(gpu, bf16=bf16, seconds=0.2) > 1e12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_come_where_the_gpu_can_fetch_them(gpu: str, emoji: Path, workers: int) -> None:
+    sampling = FluxSampling((2, 4, 1), (28, 56, 28), (4, 64), (16, 8))
+    data = Steps([Source(read(emoji / "train.json"), 4)], sampling, Augment(), seed=0)
+    for expected, step in enumerate(steps(data, start=0, stop=5, workers=workers)):
+        assert step.number == expected
+        for own, batch in zip(data[expected].batches, step.batches, strict=True):
+            assert batch.frames_BTHWC.is_pinned()
+            assert torch.equal(batch.frames_BTHWC, own.frames_BTHWC)

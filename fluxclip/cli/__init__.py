@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from fluxclip.cli import convert, demo_doctor, index_search, models, tokenizer, train_eval
+from fluxclip.cli import (
+    chunk,
+    convert,
+    demo_doctor,
+    index_search,
+    models,
+    shards,
+    tokenizer,
+    train_eval,
+)
 from fluxclip.cli.output import say
 
 app = typer.Typer(
@@ -19,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verbs in (train_eval, models, convert, tokenizer, index_search, demo_doctor):
+for verbs in (train_eval, models, convert, tokenizer, chunk, shards, index_search, demo_doctor):
     app.add_typer(verbs.app)  # without a name: its verbs become verbs of `fluxclip`, in this order
 
 

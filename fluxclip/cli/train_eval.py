@@ -9,6 +9,7 @@ import typer
 
 from fluxclip.cli.arguments import MODEL_HELP, Captions, read_budgets
 from fluxclip.cli.output import console, progress_bar
+from fluxclip.training.signals import nothing_saved_yet
 
 app = typer.Typer()
 eval_app = typer.Typer(invoke_without_command=True)
@@ -16,6 +17,7 @@ app.add_typer(eval_app, name="eval")
 
 
 @app.command()
+@nothing_saved_yet()
 def train(
     recipe: Annotated[str, typer.Argument(help="a TOML file, such as configs/demo.toml")],
     set: Annotated[
@@ -32,14 +34,15 @@ def train(
         typer.Option("--profile", help="print where the time of a step goes, and train no further"),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the newest state of the recipe's run")
+        bool,
+        typer.Option("--resume", help="go on from the newest state of the recipe's run, if any"),
     ] = False,
 ) -> None:
     """Pre-train a model as a recipe says.
 
     Ctrl-C and SIGTERM finish the step and save a state before they stop the run, with exit codes
-    130 and 143; a second Ctrl-C stops at once. Several processes (torchrun --no-python fluxclip
-    train ...) train as one.
+    130 and 143; a second Ctrl-C stops at once, and SIGTERM before the first step ends it with 1.
+    Several processes (torchrun --no-python fluxclip train ...) train as one.
     """
     from fluxclip import distributed
     from fluxclip.training import recipe as recipes

@@ -7,10 +7,11 @@ Shape legend: B clips, T frames, H W pixels.
 """
 
 import re
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -18,20 +19,24 @@ import numpy.typing as npt
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from fluxclip import stages
+from fluxclip import plugins, stages
+from fluxclip.data.faults import HOPELESS, Fault, fault_of
+from fluxclip.data.order import grouped_epoch, place_in_epoch
 from fluxclip.data.sources import Records
 from fluxclip.data.teacher import TeacherFeatures
+from fluxclip.data.workers import Workers
 from fluxclip.settings import settings
 from fluxclip.tokens.budget import Draw, FluxSampling
-from fluxclip.video import Clip, VideoError, VideoInfo
+from fluxclip.video import Clip, VideoInfo
 from fluxclip.video.framing import pixel_span
 from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
 from fluxclip.video.transforms import flip, resize, to_float
 
 # words that a mirrored picture would turn into a lie
 _SIDED = re.compile(r"\b(left|right)(wards?)?\b|\b(anti|counter)?clockwise\b", re.IGNORECASE)
+_INFOS_KEPT = 20_000  # in each worker: half a KB each
+_FILES_COUNTED = 1_000_000  # records among which some of one file are told from others
 _MIXING = 1  # keeps what is drawn for boxes apart from what is drawn for samples
 
 
@@ -56,7 +61,8 @@ class Augment:
 class Source:
     """Pairs that give `batch` of every step; with cache_frames above 0, clips stay in memory.
 
-    teacher: feature maps of the same records, to be learned from.
+    teacher: feature maps of the same records, to be learned from. decoder: what reads their videos,
+    see `read_clip`; ValueError for one that cannot be loaded.
     """
 
     records: Records
@@ -65,14 +71,21 @@ class Source:
     cache_frames: int = 0
     cache_side: int = 128
     teacher: TeacherFeatures | None = None
+    decoder: str = "pyav"
     _cache: dict[int, Clip] = field(default_factory=dict, repr=False)
     _infos: dict[int, VideoInfo] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        plugins.load("fluxclip.video.decoders", self.decoder)  # now, and not in the first step
+
     def info(self, index: int) -> VideoInfo:
         """Duration and size of a record's file."""
-        if index not in self._infos:
-            self._infos[index] = self.records.info(index)
-        return self._infos[index]
+        info = self._infos.get(index)
+        if info is None:
+            info = self.records.info(index)
+            if len(self._infos) < _INFOS_KEPT:
+                self._infos[index] = info
+        return info
 
     def clip(self, index: int) -> Clip | None:
         """The cached clip of a record, read on first use; None without a cache."""
@@ -80,8 +93,9 @@ class Source:
             return None
         if index not in self._cache:
             self._cache[index] = self.records.clip(
-                index, num_frames=self.cache_frames, side=self.cache_side, fit="squash"
-            )
+                index, num_frames=self.cache_frames, side=self.cache_side, fit="squash",
+                decoder=self.decoder,
+            )  # fmt: skip
         return self._cache[index]
 
 
@@ -102,7 +116,7 @@ class Batch:
     teacher_BLC: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
-        """For DataLoader: tensors where a GPU can fetch them while the CPU goes on."""
+        """Tensors where a GPU can fetch them while the CPU goes on."""
         teacher = None if self.teacher_BLC is None else self.teacher_BLC.pin_memory()
         return replace(self, frames_BTHWC=self.frames_BTHWC.pin_memory(), teacher_BLC=teacher)
 
@@ -131,14 +145,14 @@ class Batch:
 class Step:
     """What one training step sees: its draw, and one batch per shape (stills have one frame).
 
-    unreadable: path -> reason of files that another record stood in for. part: which one it is,
+    unreadable: path -> why, of files that another record stood in for. part: which one it is,
     where a step has been split. seconds: by stage, what it took to make, if `Steps.timed`.
     """
 
     number: int
     draw: Draw
     batches: tuple[Batch, ...]
-    unreadable: Mapping[str, str]
+    unreadable: Mapping[str, Fault]
     part: int = 0
     seconds: Mapping[stages.Stage, float] = field(default_factory=dict)
 
@@ -170,7 +184,7 @@ class Sample(NamedTuple):
     teacher_LC: Tensor | None
 
 
-class Steps(Dataset[Step]):
+class Steps:
     """The steps of a run, by number. Each epoch of a source is a new order of all its records.
 
     rank, world_size: of several processes each has an equal part of every source's pairs; together
@@ -179,6 +193,8 @@ class Steps(Dataset[Step]):
     mix: share of the clips with a teacher's features that have a box of another one, in the first
     mix_steps steps (see `mixed`); which other one depends on the number of processes.
     timed: whether to measure how long each stage of making a step takes, in whatever process.
+    hopeless: path -> why, of files that are passed over unopened. watched: what is open while a
+    record is read, given the numbers of its source and its own.
     """
 
     timed = False
@@ -190,6 +206,8 @@ class Steps(Dataset[Step]):
         self.mix, self.mix_steps = mix, mix_steps
         self.sources, self.sampling, self.augment, self.seed = sources, sampling, augment, seed
         self.rank, self.world_size = rank, world_size
+        self.hopeless: Mapping[str, Fault] = {}
+        self.watched: Callable[[int, int], AbstractContextManager[object]] = _unwatched
         for number, source in enumerate(sources):
             if source.batch % world_size:
                 raise ValueError(
@@ -202,6 +220,13 @@ class Steps(Dataset[Step]):
         """Pairs of all sources."""
         return sum(len(source.records) for source in self.sources)
 
+    @cached_property
+    def num_files(self) -> int:
+        """Files of all sources; of many records, each is taken to have one of its own."""
+        if self.num_pairs > _FILES_COUNTED:
+            return self.num_pairs
+        return len({record.video for source in self.sources for record in source.records})
+
     def __getitem__(self, number: int) -> Step:
         if not self.timed:
             return self._made(number)
@@ -210,20 +235,15 @@ class Steps(Dataset[Step]):
         return replace(step, seconds=seconds)
 
     def _made(self, number: int) -> Step:
+        self._expect(number)
         draw = self.sampling.draw(self.seed, number)
-        unreadable: dict[str, str] = {}
+        unreadable: dict[str, Fault] = {}
         samples = [
             (
                 (s << 32) + slot,
-                self._readable_sample(
-                    source,
-                    index,
-                    np.random.default_rng([self.seed, number, s, slot]),
-                    draw,
-                    unreadable,
-                ),
+                self._readable_sample(s, index, (self.seed, number, s, slot), draw, unreadable),
             )
-            for s, source in enumerate(self.sources)
+            for s in range(len(self.sources))
             for slot, index in self._own(self.order(s, number))
         ]
         by_kind: dict[tuple[int, bool], list[tuple[int, Sample]]] = {}
@@ -254,24 +274,50 @@ class Steps(Dataset[Step]):
         """Records of a source that a step uses: consecutive places in the epochs' orders."""
         size, batch = len(self.sources[source].records), self.sources[source].batch
         places = (divmod(place, size) for place in range(step * batch, (step + 1) * batch))
-        return [int(_epoch_order(self.seed, source, epoch, size)[at]) for epoch, at in places]
+        groups = self.sources[source].records.groups
+        return [
+            place_in_epoch((self.seed, source, epoch), size, at, groups=groups)
+            for epoch, at in places
+        ]
+
+    def _expect(self, number: int) -> None:
+        """Have fetched meanwhile what is far away and wanted soon after a step."""
+        for s, source in enumerate(self.sources):
+            if (groups := source.records.groups) is not None:
+                epoch, at = divmod((number + 1) * source.batch - 1, len(source.records))
+                coming = grouped_epoch((self.seed, s, epoch), groups).coming(at)
+                if coming is not None:
+                    source.records.expect(coming)
 
     def _readable_sample(
-        self, source: Source, index: int, rng: np.random.Generator, draw: Draw,
-        unreadable: dict[str, str],
+        self, number: int, index: int, seeds: tuple[int, ...], draw: Draw,
+        unreadable: dict[str, Fault],
     ) -> Sample:  # fmt: skip
-        """The sample of a record, or of the next one that can be read."""
-        for step in range(len(source.records)):
-            at = (index + step) % len(source.records)
+        """The sample of a record, or of the next one that can be read, drawn by the same seeds."""
+        records, last = self.sources[number].records, None
+        for step in range(len(records)):
+            at = (index + step) % len(records)
+            path = records[at].video
+            if fault := self.hopeless.get(str(path)):
+                unreadable[str(path)] = fault
+                continue
+            records.fetch(at)
+            # anew for each, as what was drawn before a file failed depends on what was known of it
+            rng = np.random.default_rng(seeds)
             try:
-                return self._sample(source, at, rng, draw)
-            except (VideoError, OSError) as error:
-                unreadable[str(source.records[at].video)] = str(error)
-            except Exception as error:
-                error.add_note(f"while reading {source.records[at].video}")
-                raise
-        path = source.records[index].video
-        raise ValueError(f"no file of a source can be read: {unreadable[str(path)]}")
+                with self.watched(number, at):
+                    return self._sample(self.sources[number], at, rng, draw)
+            except Exception as error:  # decoders raise many kinds
+                unreadable[str(path)], last = fault_of(path, error), error
+        first = records[index].video
+        reason = unreadable[str(first)].reason
+        raise ValueError(f"no file of a source can be read: {first}: {reason}") from last
+
+    def give_up(self, faults: Mapping[str, Fault]) -> None:
+        """Pass over those of the files, by path, that hang or crash whoever reads them."""
+        hopeless = {path: fault for path, fault in faults.items() if fault.kind in HOPELESS}
+        # another mapping: a thread may be sending this one to a worker
+        self.hopeless = {**self.hopeless, **hopeless}
 
     def _sample(self, source: Source, index: int, rng: np.random.Generator, draw: Draw) -> Sample:
         record, a = source.records[index], self.augment
@@ -308,7 +354,9 @@ class Steps(Dataset[Step]):
                 clip = source.records.clip(index, num_frames=1, side=side, crop=crop)
             else:
                 times_s = shares_T * source.info(index).duration_s
-                clip = source.records.clip(index, times_s=times_s, side=side, crop=crop)
+                clip = source.records.clip(
+                    index, times_s=times_s, side=side, crop=crop, decoder=source.decoder
+                )
             return torch.from_numpy(clip.frames_THWC)
         # a cached clip's frames are evenly spread over it, so equal parts of them are of time too
         keep = (shares_T * len(cached.times_s)).astype(int)
@@ -364,39 +412,57 @@ def mixed(batch: Batch, *, share: float, patch: int, rng: np.random.Generator) -
     )
 
 
-@lru_cache(maxsize=16)
-def _epoch_order(seed: int, source: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, source, epoch]).permutation(size)
-
-
 def _at_middles(
     start_s: float, end_s: float, num_frames: int, rng: np.random.Generator
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return evenly_spread(start_s, end_s, num_frames)
 
 
+def _unwatched(source: int, record: int) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 def _says_side(captions: Sequence[str]) -> bool:
     return any(_SIDED.search(caption) for caption in captions)
 
 
-def steps(dataset: Steps, *, start: int, stop: int, workers: int) -> Iterator[Step]:
+def steps(
+    dataset: Steps, *, start: int, stop: int, workers: int, timeout_s: float = 60.0
+) -> Iterator[Step]:
     """Steps `start` to `stop` in order, prepared ahead by worker processes if there are any.
 
-    Caches live in one process, so sources that cache are read in this one.
+    timeout_s: most time that a worker may take to read one file; then the file is given up, as is
+    one that crashes it, and `dataset.hopeless` has it. Without workers nothing cuts a file off.
+    Caches live in one process, so sources that cache are read in this one. Raises ChildProcessError
+    if a worker ends for another reason.
     """
+    numbers = range(start, stop)
     if any(source.cache_frames for source in dataset.sources):
         workers = 0
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=range(start, stop), num_workers=workers,
-        # forking after threads have decoded can deadlock
-        multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_leave_signals_to_the_parent,
-        pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
-    yield from loader
+    with ExitStack() as closing:
+        made: Iterator[Step] = map(dataset.__getitem__, numbers)
+        if workers:
+            ahead = Workers(dataset, numbers, count=workers, timeout_s=timeout_s)
+            made = iter(closing.enter_context(ahead))
+        if torch.cuda.is_available():
+            made = _pinned_ahead(made) if workers else map(Step.pin_memory, made)
+        yield from made
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of a job scheduler, reach every process of a run; one answers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _pinned_ahead(made: Iterator[Step]) -> Iterator[Step]:
+    """The steps where a GPU can fetch them; the next one is copied there meanwhile."""
+    # a thread has a device of its own, and would take memory of the first one
+    device = torch.cuda.current_device()
+    thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+
+    def fetch() -> Step | None:
+        step = next(made, None)
+        return step and step.pin_memory()
+
+    try:
+        coming = thread.submit(fetch)
+        while step := coming.result():
+            coming = thread.submit(fetch)
+            yield step
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)  # it ends with the workers

@@ -42,10 +42,12 @@ class TeacherFeatures:
                 self.channels = int(file.get_slice("features").get_shape()[-1])
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no teacher features: {error}") from error
-        names = [record.video.name for record in records]
-        if [Path(video).name for video in videos] != names:
+        names = (record.video.name for record in records)
+        if len(videos) != len(records) or any(
+            Path(video).name != name for video, name in zip(videos, names, strict=True)
+        ):
             raise ValueError(
-                f"{path} holds features of {len(videos)} files that are not the {len(names)} of "
+                f"{path} holds features of {len(videos)} files that are not the {len(records)} of "
                 f"the annotations: write them anew with scripts/teacher_features.py"
             )
 

@@ -283,6 +283,10 @@ class VideoTower(nn.Module):
 
         It needs a C++ compiler, and on a GPU Triton, which comes with torch there.
         """
+        # a kernel for each kind of step: with a graph or without, frozen blocks, packed clips,
+        # stills, one clip alone; torch gives up after 8
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 64)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.is_compiled = True

@@ -32,14 +32,13 @@ KEPT = 2  # states; the second is there in case the disk damages the first
 class Progress:
     """Where a run stands. step: steps done, which is also the place in the data.
 
-    best: highest validation score so far. seconds: of training. unreadable: path -> reason.
+    best: highest validation score so far. seconds: of training.
     command: what started the run. annotations: key in the recipe -> SHA-256 of the file's bytes.
     """
 
     step: NonNegativeInt = 0
     best: float | None = None
     seconds: NonNegativeFloat = 0.0
-    unreadable: dict[str, str] = field(default_factory=dict)
     command: str = ""
     annotations: dict[str, str] = field(default_factory=dict)
 
@@ -90,6 +89,7 @@ def read_progress(path: Path) -> Progress:
         raise _unreadable(path, error) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not of state format {FORMAT}, the one this version reads")
+    values.pop("unreadable", None)  # where earlier versions listed files
     return parse(Progress, values, source=str(path / "state.json"))
 
 

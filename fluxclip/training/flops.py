@@ -47,7 +47,9 @@ def caption_macs(encoder: TextEncoder, ids_BL: Tensor) -> int:
     encoder.eval()
     torch.backends.mha.set_fastpath_enabled(False)  # a kernel that the counter does not know
     try:
-        with FlopCounterMode(display=False) as counter:
+        # autocast would keep weights that it has made half here, without their graph
+        without = torch.autocast(ids_BL.device.type, enabled=False)
+        with without, FlopCounterMode(display=False) as counter:
             encoder(ids_BL[:1])
     finally:
         encoder.train(was_training)

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,11 @@ from fluxclip.training.flops import caption_macs, clip_macs, passes
 from fluxclip.training.recipe import Recipe
 
 CAPTIONS_KEPT = 200_000  # features of so many take about 300 MB
+RECORDS_READ = 1_000_000  # of more records, nobody looks whether they share so few captions
+
+
+# of a loss, for the log; those that a GPU is still at work on stay there until they are wanted
+Parts = Mapping[str, Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Forward(nn.Module):
     With several processes each one has its own pairs of the step, and the contrast is over those of
     all: the mean over processes of the gradients is the gradient of one process with all pairs.
     Features of a frozen text tower are computed once per caption, here, and looked up later, if
-    there are at most CAPTIONS_KEPT of them.
+    there are at most CAPTIONS_KEPT of them, in at most RECORDS_READ records.
     `distillation`: heads that are trained with the model, where a source has a teacher. bf16: the
     towers run in it, the losses do not. Raises ValueError for negatives "all" with a text tower
     that is trained, and for `compile` without a compiler.
@@ -73,23 +78,25 @@ class Forward(nn.Module):
         self.rows: dict[str, int] = {}
         self._caption_macs: dict[int, int] = {}  # by number of text tokens
         if recipe.compile:
-            _refuse_without_compiler()
+            refuse_without_compiler()
             model.video.compile_blocks()
-        records = [record for source in sources for record in source.records]
-        captions = {caption for record in records for caption in record.captions}
-        if model.text_is_frozen and len(captions) <= CAPTIONS_KEPT:
+        captions = _few_captions(sources) if model.text_is_frozen else None
+        if captions is not None:
             self.table_NW = self._features_of_all(captions)
         elif model.text_is_frozen and recipe.negatives == "all":
             raise ValueError(
                 f'negatives = "all" is for sets of at most {CAPTIONS_KEPT:,} captions, and these '
-                f"have {len(captions):,}"
+                f"have more"
             )
         elif recipe.negatives == "all":
             raise ValueError(
                 'negatives = "all" needs text.weights = "reference" or freeze = ["text.*"]: a text '
                 "tower that is frozen"
             )
-        self.names = {name: i for i, name in enumerate(sorted({r.captions[0] for r in records}))}
+        self.names: dict[str, int] = {}
+        if recipe.negatives == "all":
+            names = {record.captions[0] for source in sources for record in source.records}
+            self.names = {name: i for i, name in enumerate(sorted(names))}
         self.distillation = _distillation(model, sources)
 
     @property
@@ -116,7 +123,7 @@ class Forward(nn.Module):
 
     def forward(
         self, step: Step, then: Callable[[Features], Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, Parts]:
         """The loss of a step and its parts by name; or what `then` makes of its features."""
         features = self.encode(step)
         return self.loss(features, number=step.number) if then is None else (then(features), {})
@@ -153,8 +160,8 @@ class Forward(nn.Module):
             flops=sum(clip_flops) + text_flops,
         )
 
-    def loss(self, features: Features, *, number: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of all pairs of step `number`, and its parts by name."""
+    def loss(self, features: Features, *, number: int) -> tuple[Tensor, Parts]:
+        """The loss of all pairs of step `number`, and its parts by name, scalars or numbers."""
         pairs = zip(features.names, features.captions, strict=True)
         labels_BK = torch.tensor([[_label(name), _label(caption)] for name, caption in pairs])
         # in bf16, scaled cosines near 100 are half a unit apart: hard negatives would blur
@@ -167,13 +174,13 @@ class Forward(nn.Module):
             )  # fmt: skip
             if self.recipe.negatives == "all":
                 named = self._against_all_names(features.views_BD, features.names)
-                loss, parts["named"] = loss + named, named.item()
+                loss, parts["named"] = loss + named, named.detach()
             if number < self.recipe.distillation_steps:
                 loss = 0 * loss  # zero, not absent: every weight has its moments from the start
             if self.distillation is not None:
                 distance = features.distance_B.sum() / max(1, len(features.distance_B))
                 loss = loss + self.recipe.distillation * distance
-                parts["distance"] = distance.item()
+                parts["distance"] = distance.detach()
         work = {"tokens": float(features.num_tokens), "flops": float(features.flops)}
         return loss, {**parts, **work}
 
@@ -239,7 +246,19 @@ class Forward(nn.Module):
         return torch.cat([encode(tokenize(chunk).to(self.device)) for chunk in chunks])
 
 
-def _refuse_without_compiler() -> None:
+def _few_captions(sources: Sequence[Source]) -> set[str] | None:
+    """All captions of the sources; None if there are, or may be, more than CAPTIONS_KEPT."""
+    if sum(len(source.records) for source in sources) > RECORDS_READ:
+        return None
+    captions: set[str] = set()
+    for record in (record for source in sources for record in source.records):
+        captions.update(record.captions)
+        if len(captions) > CAPTIONS_KEPT:
+            return None
+    return captions
+
+
+def refuse_without_compiler() -> None:
     """ValueError where torch.compile would fail in the first step, as it finds no C++ compiler."""
     # the one that it takes
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")

@@ -28,7 +28,8 @@ def set_trained(model: FluxCLIP, patterns: Sequence[str]) -> None:
         if not model.text_is_stored and any(is_trained[n] for n in matches if _is_text(n)):
             raise ValueError(
                 f"freeze: {pattern!r} would train the text tower, whose weights are only referred "
-                f'to (text.weights = "reference"): say text.weights = "stored", or name less'
+                f'to (text.weights = "reference"): name less, or train a model that stores it '
+                f'([text] weights = "stored", without init)'
             )
     if not any(own for name, own in is_trained.items() if name != _TEMPERATURE):
         raise ValueError(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fluxclip.data.loader import Step
 from fluxclip.stages import stage
-from fluxclip.training.forward import Features, Forward
+from fluxclip.training.forward import Features, Forward, Parts
 
-Call = Callable[..., tuple[Tensor, dict[str, float]]]
+Call = Callable[..., tuple[Tensor, Parts]]
 
 
 def backward(
@@ -41,7 +41,7 @@ def backward(
             loss, parts = call(step)
         with stage("backward"):
             run_back(loss)
-        return loss.item(), parts
+        return _numbers(loss, parts)
     parts_of_step = step.split(pieces)
     with torch.no_grad(), stage("forward"):
         cached = [forward.encode(part) for part in parts_of_step]
@@ -69,7 +69,15 @@ def backward(
                 product = call(part, then)[0]
             with stage("backward"):
                 run_back(product)
-    return loss.item(), parts
+    return _numbers(loss, parts)
+
+
+def _numbers(loss: Tensor, parts: Parts) -> tuple[float, dict[str, float]]:
+    """A loss and its parts, waited for once, when the backward pass is already under way."""
+    on_device = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+    values = torch.stack([x.detach().double() for x in (loss, *on_device.values())]).tolist()
+    known = dict(zip(on_device, values[1:], strict=True))
+    return values[0], {name: known.get(name, part) for name, part in parts.items()}
 
 
 def _product(

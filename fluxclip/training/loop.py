@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fluxclip import distributed
+from fluxclip import distributed, plugins
 from fluxclip.data import loader, sources
 from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.training import engines, optimizer, wandb_log
@@ -16,13 +16,13 @@ from fluxclip.training import recipe as recipes
 from fluxclip.training.flops import matrix_peak
 from fluxclip.training.forward import Forward
 from fluxclip.training.monitor import Monitor
-from fluxclip.training.recipe import Recipe
+from fluxclip.training.recipe import Recipe, SourceRecipe
 from fluxclip.training.run_folder import RunFolder
 from fluxclip.training.signals import StopSignals
+from fluxclip.training.unreadable import UnreadableFiles
 from fluxclip.training.validation import Validation
 
 MOST_SKIPPED = 10  # steps in a row whose loss or gradient is no number
-MOST_UNREADABLE = 0.1  # share of the files; above it a run is another run than was asked for
 
 
 def train(
@@ -34,10 +34,11 @@ def train(
     weights become bit for bit those of a run that was never stopped. Ctrl-C and SIGTERM finish the
     step and save a state, then leave by KeyboardInterrupt and SystemExit(143).
     command: what the card says the run was started by. What can be wrong with the recipe's files
-    is found before the first step. A file that cannot be read is named and another takes its
-    place. Raises FileExistsError if the run folder already holds a run, FileNotFoundError or
-    ValueError for data that cannot be read or a run that cannot be resumed, OSError for a disk
-    that is full, FloatingPointError if the loss stops being a number.
+    is found before the first step. A file that cannot be read is listed in unreadable.jsonl and
+    another takes its place, up to a share of them. Raises FileExistsError if the run folder already
+    holds a run, FileNotFoundError or ValueError for data that cannot be read or a run that cannot
+    be resumed, OSError for a disk that is full or a worker that has ended, FloatingPointError if
+    the loss stops being a number.
     """
     with distributed.together(tensors="device"):
         run, data, validation = _checked(recipe, command=command, resume=resume)
@@ -61,8 +62,9 @@ def _checked(
             wandb_log.refuse_without()
         run = RunFolder(recipe, command=command, resume=resume)
         made.append((run, dataset(recipe), Validation(recipe.validation)))
-        files = [f"the file of {key} has SHA-256 {digest}" for key, digest in run.digests.items()]
-        return "\n".join([recipes.to_toml(recipe), f"resume = {resume}", *files])
+        files = [f"the file of {key}: {digest}" for key, digest in run.digests.items()]
+        step = f"resumes after step {run.progress.step}"
+        return "\n".join([recipes.to_toml(recipe), f"resume = {resume}", step, *files])
 
     refuse_different(distributed.gather_results(make))
     return made[0]
@@ -87,12 +89,18 @@ def build(recipe: Recipe, data: loader.Steps) -> tuple[Forward, engines.Engine]:
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
     made: list[tuple[Forward, engines.Engine]] = []
 
-    def make() -> None:
+    def forward() -> None:
+        plugins.load("fluxclip.training.engines", recipe.engine)
         torch.manual_seed(recipe.seed)
-        forward = Forward(recipe.build().to(device), data.sources, recipe, bf16=bf16)
-        made.append((forward, engines.make(recipe.engine, forward, recipe)))
+        towers.append(Forward(recipe.build().to(device), data.sources, recipe, bf16=bf16))
 
-    distributed.gather_results(make)
+    def engine() -> None:
+        made.append((towers[0], engines.make(recipe.engine, towers[0], recipe)))
+
+    # one after the other: making an engine, processes wait for each other
+    towers: list[Forward] = []
+    distributed.gather_results(forward)
+    distributed.gather_results(engine)
     return made[0]
 
 
@@ -103,7 +111,8 @@ def _run(
     forward, engine = build(recipe, data)
     distributed.gather_results(lambda: run.start(engine))
     o, model = recipe.optimizer, forward.model
-    start, best, unreadable = run.progress.step, run.progress.best, dict(run.progress.unreadable)
+    start, best = run.progress.step, run.progress.best
+    unreadable = UnreadableFiles(run.path, data, start=start, most=recipe.max_unreadable)
     skipped = 0  # steps in a row
     with (
         Monitor(
@@ -117,7 +126,10 @@ def _run(
         if start:
             monitor.say(f"resumed after step {start} of {o.steps}")
         saved_s = monitor.seconds
-        steps = loader.steps(data, start=start, stop=o.steps, workers=recipe.workers)
+        steps = loader.steps(
+            data, start=start, stop=o.steps, workers=recipe.workers,
+            timeout_s=recipe.decode_timeout_s,
+        )  # fmt: skip
         for step in monitor.waiting(steps):
             lr = optimizer.learning_rate(
                 step.number, steps=o.steps, warmup_steps=o.warmup_steps, lr=o.lr,
@@ -128,14 +140,13 @@ def _run(
             numbers = distributed.mean(
                 {"loss": loss, **parts, "stop": float(stop.received is not None),
                  "save": float(monitor.seconds - saved_s >= 60 * recipe.save_minutes),
-                 "unreadable": float(len(step.unreadable.keys() - unreadable.keys()))}
+                 "unreadable": float(unreadable.num_new(step))}
             )  # fmt: skip
             stopped, due = numbers.pop("stop") > 0, numbers.pop("save") > 0
             if numbers.pop("unreadable"):
-                _note_unreadable(step, unreadable, data, monitor)
+                unreadable.note(step, say=monitor.say)
             norm = engine.step_down(lr=lr) if math.isfinite(numbers["loss"]) else math.nan
             skipped = 0 if math.isfinite(norm) else skipped + 1
-            model.clamp_scale()
             world_size = distributed.world_size()
             monitor.step(
                 step.number, pairs=step.num_pairs * world_size,
@@ -168,13 +179,13 @@ def _run(
             # after best/ and last/: a kill between them and the state makes them again
             if validated or stopped or due:
                 monitor.flush()
-                run.save_state(
-                    engine, step=done, best=best, seconds=monitor.seconds, unreadable=unreadable
-                )
+                run.save_state(engine, step=done, best=best, seconds=monitor.seconds)
                 saved_s = monitor.seconds
             if stopped:
                 monitor.say(f"stopped after step {done} of {o.steps}; --resume goes on from there")
                 stop.leave(max(filter(None, distributed.gather(stop.received)), default=None))
+        if unreadable:
+            monitor.say(f"{len(unreadable)} unreadable: {unreadable}; {unreadable.path} lists them")
 
 
 def _peak(device: torch.device, *, bf16: bool) -> float | None:
@@ -185,37 +196,31 @@ def _peak(device: torch.device, *, bf16: bool) -> float | None:
     return distributed.mean({"peak": own})["peak"] * distributed.world_size()
 
 
-def _note_unreadable(
-    step: loader.Step, unreadable: dict[str, str], data: loader.Steps, monitor: Monitor
-) -> None:
-    """Say which files could not be read by any process, each once; ValueError if too many."""
-    of_all = [found for own in distributed.gather(dict(step.unreadable)) for found in own.items()]
-    for path, reason in sorted(of_all):
-        if path not in unreadable:
-            unreadable[path] = reason
-            monitor.say(f"unreadable, another takes its place: {reason}")
-    if len(unreadable) > MOST_UNREADABLE * data.num_pairs:
-        distributed.stop_all(
-            ValueError(
-                f"{len(unreadable)} of {data.num_pairs} files cannot be read, more than "
-                f"{MOST_UNREADABLE:.0%}: mend the data or leave them out"
-            )
-        )
-
-
 def dataset(recipe: Recipe) -> loader.Steps:
-    """The steps of a recipe; its annotation files are read and checked here."""
+    """The steps of a recipe; its annotation files are read and checked here.
+
+    Of the videos of each, as large a share may be missing as the recipe lets be unreadable.
+    """
     made = [
         loader.Source(
             records, s.batch, captions=s.captions,
             cache_frames=s.cache_frames, cache_side=s.cache_side,
-            teacher=TeacherFeatures(s.teacher, records) if s.teacher else None,
+            teacher=TeacherFeatures(s.teacher, records) if s.teacher else None, decoder=s.decoder,
         )
         for s in recipe.data
-        for records in (sources.read(s.source, s.annotations),)
+        for records in (_records(s, most_missing=recipe.max_unreadable),)
     ]  # fmt: skip
     return loader.Steps(
         made, recipe.sampling(), recipe.augment, seed=recipe.seed,
         rank=distributed.rank(), world_size=distributed.world_size(),
         mix=recipe.distillation_mix, mix_steps=recipe.distillation_steps,
     )  # fmt: skip
+
+
+def _records(section: SourceRecipe, *, most_missing: float) -> sources.Records:
+    try:
+        return sources.read(section.source, section.annotations)
+    except sources.MissingFiles as error:
+        if error.share > most_missing:
+            raise
+        return sources.read(section.source, section.annotations, check_files=False)

@@ -58,11 +58,11 @@ class Monitor:
 
         with ExitStack() as closing, writing(self.path):
             closing.enter_context(_no_traceback_of_threads())
-            _cut_back(self.path, self.start)
+            cut_back(self.path, self.start)
             self.metrics = self.path.open("a", encoding="utf-8")
             closing.callback(self.metrics.close)
             self.tensorboard = SummaryWriter(
-                str(self.path.parent / "tensorboard"), purge_step=self.start or None
+                str(self.path.parent / "tensorboard"), purge_step=self.start
             )
             closing.callback(self.tensorboard.close)
             closing.enter_context(self.progress)
@@ -181,15 +181,21 @@ def _no_traceback_of_threads() -> Iterator[None]:
         threading.excepthook = hook
 
 
-def _cut_back(metrics: Path, num_steps: int) -> None:
-    """Keep the lines of the first `num_steps` steps; a kill may have left the last one torn."""
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text("utf-8", "replace").splitlines():
+def cut_back(path: Path, num_steps: int) -> list[dict[str, Any]]:
+    """Keep those lines of a file of JSON objects that are of the first `num_steps` steps.
+
+    Gives them; none if there is no file. A kill may have left the last line torn: it goes.
+    """
+    if not path.exists():
+        return []
+    kept, rows = [], []
+    for line in path.read_text("utf-8", "replace").splitlines():
         with suppress(ValueError):
-            if json.loads(line)["step"] < num_steps:
+            row = json.loads(line)
+            if row["step"] < num_steps:
                 kept.append(line + "\n")
-    partial = metrics.with_name(metrics.name + ".partial")
+                rows.append(row)
+    partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), "utf-8")
-    partial.replace(metrics)
+    partial.replace(path)
+    return rows

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fluxclip.training.muon import Muon
+
+if TYPE_CHECKING:
+    from fluxclip.training.forward import Forward
 
 
 def learning_rate(step: int, *, steps: int, warmup_steps: int, lr: float, final_lr: float) -> float:
@@ -95,6 +99,14 @@ def moments(adamw: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
     for name, parameter, fresh in _fresh(adamw, model):
         held = adamw.state.get(parameter) or fresh
         found |= {f"{key}/{name}": held[key] for key in fresh}
+    return found
+
+
+def shapes(adamw: torch.optim.AdamW, forward: "Forward") -> dict[str, Tensor]:
+    """Weights and moments by name as a state has them, on the device "meta"."""
+    found = {name: tensor.to("meta") for name, tensor in forward.state().items()}
+    for name, _, fresh in _fresh(adamw, forward):
+        found |= {f"{key}/{name}": zeros.to("meta") for key, zeros in fresh.items()}
     return found
 
 

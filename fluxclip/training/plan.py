@@ -1,6 +1,6 @@
 """What a recipe would train, on what and at what cost, found out before any step is spent."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fluxclip import distributed, plugins
 from fluxclip.data import sources as data_sources
-from fluxclip.data.sources import Record
+from fluxclip.data.sources import Records
 from fluxclip.model.fluxclip import FluxCLIP
+from fluxclip.training import wandb_log
 from fluxclip.training.flops import clip_macs, passes
+from fluxclip.training.forward import refuse_without_compiler
 from fluxclip.training.loop import dataset
 from fluxclip.training.recipe import Recipe
 from fluxclip.training.validation import Validation
@@ -32,6 +34,7 @@ class Source:
 
     name: str
     num_records: int
+    num_looked_at: int
     batch: int
     num_stills: float
 
@@ -50,14 +53,19 @@ def plan(recipe: Recipe) -> Plan:
         Validation(recipe.validation)
     for kind, name in (("objectives", recipe.objective), ("engines", recipe.engine)):
         plugins.load(f"fluxclip.training.{kind}", name)
+    if recipe.compile:
+        refuse_without_compiler()
+    if recipe.wandb:
+        wandb_log.refuse_without()
     model = recipe.build()
     found.lines += _parameters(model, recipe)
     o = recipe.optimizer
     for source in sources:
         epochs = o.steps * source.batch / source.num_records
+        by = f"; missing files and stills by {source.num_looked_at:,} of them"
         found.lines.append(
             f"data: {source.name}, {source.num_records:,} records, {source.batch} a step, "
-            f"{epochs:,.1f} epochs"
+            f"{epochs:,.1f} epochs{by if source.num_looked_at < source.num_records else ''}"
         )
     if not sources:
         return found
@@ -75,20 +83,21 @@ def _sources(recipe: Recipe, missing: list[Path]) -> Iterator[Source]:
         records = _records(section.source, section.annotations, missing)
         if section.teacher and not Path(section.teacher).is_file():
             missing.append(Path(section.teacher))
-        if records:
-            stills = sum(record.is_still for record in records) / len(records)
+        if records is not None:
+            looked_at = data_sources.looked_at(len(records))
+            stills = sum(records[i].is_still for i in looked_at) / len(looked_at)
             name = Path(section.annotations).name
-            yield Source(name, len(records), section.batch, stills * section.batch)
+            yield Source(name, len(records), len(looked_at), section.batch, stills * section.batch)
     _records("annotations", recipe.validation.annotations, missing)
 
 
-def _records(kind: str, path: str, missing: list[Path]) -> Sequence[Record]:
-    if not Path(path).exists():
-        missing.append(Path(path))
-        return []
-    records = data_sources.read(kind, path, check_files=False)
-    videos = dict.fromkeys(record.video for record in records)
-    missing += [video for video in videos if not video.is_file()]
+def _records(kind: str, name: str, missing: list[Path]) -> Records | None:
+    """The records of a source, if its files are there; which of their own are not is noted."""
+    if gone := [path for path in data_sources.files(kind, name) if not path.exists()]:
+        missing += gone
+        return None
+    records = data_sources.read(kind, name, check_files=False)
+    missing += data_sources.missing(records)
     return records
 
 
@@ -144,15 +153,17 @@ def _mean(values: list[float]) -> str:
 
 def _memory(model: FluxCLIP, recipe: Recipe, pairs: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = 4 * sum(p.numel() for p in model.parameters()) + 3 * 4 * trained
     world_size = distributed.world_size()
+    # of two moments for each weight a process has its share
+    shares = world_size if recipe.engine == "deepspeed" and recipe.zero_stage else 1
+    weights = 4 * sum(p.numel() for p in model.parameters()) + 4 * trained * (1 + 2 / shares)
     at_once = -(-pairs // (world_size * recipe.pieces))
     activations = kept_for_backward(model, recipe) * at_once
     each = f" in each of {world_size} processes" if world_size > 1 else ""
     return (
         f"memory{each}: {weights / 2**30:.2f} GiB for weights, gradients and moments, about "
-        f"{activations / 2**30:.2f} GiB for activations (fp32, every pair a clip of the largest "
-        f"grid)"
+        f"{activations / 2**30:.2f} GiB for activations of the video tower (fp32, every pair "
+        f"a clip of the largest grid)"
     )
 
 

@@ -149,9 +149,11 @@ def _measure(
         distributed.mean({"loss": loss, **parts})
         with stages.stage("step"):
             engine.step_down(lr=lr)
-            forward.model.clamp_scale()
 
-    steps = loader.steps(data, start=0, stop=2 * (warm_up + count), workers=recipe.workers)
+    steps = loader.steps(
+        data, start=0, stop=2 * (warm_up + count), workers=recipe.workers,
+        timeout_s=recipe.decode_timeout_s,
+    )  # fmt: skip
     _drop(islice(steps, warm_up))
     alone = _timed(islice(steps, count), lambda step: None, device=forward.device)
     for step in islice(steps, warm_up):

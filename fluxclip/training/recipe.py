@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from fluxclip.data import sources
 from fluxclip.data.loader import Augment
 from fluxclip.embedder import find_folder, split_settings
 from fluxclip.model import weights
@@ -75,9 +76,11 @@ class FluxRecipe:
 
 @settings
 class SourceRecipe:
-    """A file of annotations, and how many of its pairs are in each step.
+    """Pairs of videos and captions, and how many of them are in each step.
 
-    source: what `annotations` stands for, a file of fluxclip/data/sources or a dotted name.
+    annotations: a file of them, relative to the recipe, or what else `source` reads by that name.
+    source: a file of fluxclip/data/sources or a dotted name; docs/data.md describes each.
+    decoder: what reads its videos, a file of fluxclip/video/decoders or a dotted name.
     cache_frames: 0 decodes a clip each time it is used; n keeps n frames of every clip in memory,
     `cache_side` pixels square (small sets only). captions: "one" draws one of a record's captions,
     "first" always takes the first. teacher: a file of features of the same records to learn from,
@@ -87,6 +90,7 @@ class SourceRecipe:
     annotations: str
     batch: PositiveInt
     source: str = "annotations"
+    decoder: str = "pyav"
     captions: Literal["one", "first"] = "one"
     cache_frames: NonNegativeInt = 0
     cache_side: PositiveInt = 128
@@ -136,6 +140,9 @@ class Recipe:
     precision: "auto" is bf16 on a GPU, fp32 on a CPU.
 
     save_as: number type of the weights in the model folders. workers: processes that decode.
+    max_unreadable: share of the files above which a run stops, as it would be another run than was
+    asked for; 0 stops at the first that cannot be read. decode_timeout_s: most seconds that a
+    worker may take to read one, above which it counts as such; without workers there is no limit.
     engine: "plain", "deepspeed", or a dotted name of a module that is one.
     zero_stage: of deepspeed: 0, or 1 to share the optimizer's moments among processes, or 2 to
     share gradients too.
@@ -177,6 +184,8 @@ class Recipe:
     freeze: tuple[str, ...] = ()
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
+    max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.1
+    decode_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     save_as: Literal["fp32", "fp16"] = "fp32"
     save_minutes: NonNegativeFloat = 10.0
@@ -290,9 +299,13 @@ def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     for change in changes:
         _apply(values, change)
     for section in [*_sections(values.get("data")), *_sections(values.get("validation"))]:
-        for key in ("annotations", "teacher"):
-            if isinstance(section.get(key), str) and section[key]:
-                section[key] = str((path.parent / section[key]).resolve())
+        if type(section.get("annotations")) is int:  # --set data.0.annotations=1000
+            section["annotations"] = str(section["annotations"])
+        if isinstance(name := section.get("annotations"), str) and name:
+            kind = str(section.get("source", "annotations"))
+            section["annotations"] = sources.located(kind, name, folder=path.parent)
+        if isinstance(section.get("teacher"), str) and section["teacher"]:
+            section["teacher"] = str((path.parent / section["teacher"]).resolve())
     named: tuple[tuple[Any, str], ...] = ((values.get("text"), "source"), (values, "init"))
     for section, key in named:
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
@@ -301,6 +314,12 @@ def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
                 if folder.is_dir():
                     section[key] = f"{folder.resolve()}{mark}{tower}"
                     break
+            else:
+                if name.startswith((".", "/")):
+                    raise FileNotFoundError(
+                        f"{path}: {key} = {section[key]!r}: there is no such folder; the head of "
+                        f"the recipe may say how it is made"
+                    )
     return parse(Recipe, values, source=str(path))
 
 

@@ -1,6 +1,5 @@
 """What a run leaves behind: recipe.toml, metrics.jsonl, model folders best/ and last/, state/."""
 
-import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from fluxclip import __version__, distributed
+from fluxclip.data import sources
 from fluxclip.model import weights
 from fluxclip.model.fluxclip import FluxCLIP
 from fluxclip.training import checkpoint
@@ -25,7 +25,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # elsewhere if they are the same, which is compared.
 _MAY_DIFFER = (
     "output", "workers", "save_minutes", "pieces", "rows", "engine", "zero_stage",
-    "activation_checkpointing", "compile", "wandb",
+    "activation_checkpointing", "compile", "wandb", "max_unreadable", "decode_timeout_s",
 )  # fmt: skip
 
 
@@ -33,22 +33,18 @@ class RunFolder:
     """The folder of one run, and with `resume` where the run stood when its last state was saved.
 
     command: what the cards say the run was started by. Raises FileExistsError without `resume` if
-    a run is there already: nothing is overwritten. With it, FileNotFoundError if there is no state
-    to resume, ValueError if the run's recipe or the files it names are others. OSError for a folder
-    that cannot be written to. digests: SHA-256 of the files that the recipe names, by key.
+    a run is there already: nothing is overwritten. With it, a run that has saved nothing yet starts
+    over; FileNotFoundError if it has a model and no state, ValueError if the run's recipe or the
+    data it names are others. OSError for a folder that cannot be written to. digests: fingerprints
+    of the data that the recipe names, by key.
     """
 
     def __init__(self, recipe: Recipe, *, command: str = "", resume: bool = False) -> None:
         self.recipe, self.path = recipe, Path(recipe.output)
         self.progress = Progress(command=command or "fluxclip.training.loop.train")
-        self._resumed: Path | None = None
-        self.digests = {
-            key: _digest(value)
-            for key, value in _flat(asdict(recipe))
-            if value and key.endswith(("annotations", "teacher"))
-        }
-        if resume:
-            self._resumed = self._newest_state()
+        self.digests = _digests(recipe)
+        self._resumed = self._newest_state() if resume else None
+        if self._resumed:
             self.progress = checkpoint.read_progress(self._resumed)
             for key, digest in self.digests.items():
                 if self.progress.annotations.get(key) != digest:
@@ -56,7 +52,7 @@ class RunFolder:
                         f"{self.path} cannot be resumed: the file of {key} has changed since it "
                         f"started"
                     )
-        elif (self.path / "recipe.toml").exists():
+        elif not resume and (self.path / "recipe.toml").exists():
             raise FileExistsError(
                 f"{self.path} already holds a run: continue it with --resume, choose another "
                 f"folder with --set output=..., or delete that one"
@@ -85,27 +81,24 @@ class RunFolder:
                 partial.write_text(recipes.to_toml(self.recipe), "utf-8")
                 partial.replace(self.path / "recipe.toml")
             return
-        engine.load_state(checkpoint.read_tensors(self._resumed, expected=engine.state()))
+        engine.load_state(checkpoint.read_tensors(self._resumed, expected=engine.shapes()))
 
-    def save_state(
-        self, engine: Engine, *, step: int, best: float | None, seconds: float,
-        unreadable: dict[str, str],
-    ) -> None:  # fmt: skip
+    def save_state(self, engine: Engine, *, step: int, best: float | None, seconds: float) -> None:
         """Save all that the run needs to go on after `step` steps as if it had never stopped."""
         tensors = engine.state()
-        progress = replace(
-            self.progress, step=step, best=best, seconds=seconds, unreadable=unreadable
-        )
+        progress = replace(self.progress, step=step, best=best, seconds=seconds)
         _by_the_first(lambda: checkpoint.save(self.path / "state", progress, tensors=tensors))
 
-    def _newest_state(self) -> Path:
-        if not (self.path / "recipe.toml").exists():
-            raise FileNotFoundError(f"{self.path} holds no run: start it without --resume")
+    def _newest_state(self) -> Path | None:
+        """What to go on from; None for a run that was stopped before it had saved anything."""
         saved = checkpoint.states(self.path / "state")
         if not saved:
-            raise FileNotFoundError(
-                f"{self.path} holds a run but no saved state: delete it and start without --resume"
-            )
+            if (self.path / "best").exists() or (self.path / "last").exists():
+                raise FileNotFoundError(
+                    f"{self.path} holds a model but no saved state: delete it and start without "
+                    f"--resume, or choose another folder with --set output=..."
+                )
+            return None
         then = dict(_flat(asdict(recipes.read(self.path / "recipe.toml"))))
         now = dict(_flat(asdict(self.recipe)))
         changed = [
@@ -149,12 +142,18 @@ def _by_the_first(write: Callable[[], object]) -> None:
     distributed.gather_results(work)
 
 
-def _digest(path: str) -> str:
-    """SHA-256 of a file, in hex; empty for one that is not there, which others complain about."""
-    if not Path(path).is_file():
-        return ""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(recipe: Recipe) -> dict[str, str]:
+    """By key: the fingerprint of what each name of data stands for, the name if that is no file."""
+    named = {
+        f"data.{i}.annotations": (section.source, section.annotations)
+        for i, section in enumerate(recipe.data)
+    }
+    named["validation.annotations"] = ("annotations", recipe.validation.annotations)
+    found = {key: sources.fingerprint_of(kind, name) for key, (kind, name) in named.items()}
+    for i, section in enumerate(recipe.data):
+        if section.teacher:
+            found[f"data.{i}.teacher"] = sources.fingerprint_of_file(Path(section.teacher))
+    return found
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

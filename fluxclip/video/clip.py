@@ -2,18 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+FaultKind = Literal["empty", "not a video", "no frames", "truncated", "damaged", "not readable"]
+
 
 class VideoError(ValueError):
-    """A file that cannot be read as asked; the message is one line with the path and the reason."""
+    """A file that cannot be read as asked; the message is one line with the path and the reason.
 
-    def __init__(self, path: str | Path, reason: str) -> None:
+    kind: what to count it as.
+    """
+
+    def __init__(self, path: str | Path, reason: str, *, kind: FaultKind = "damaged") -> None:
         # Worker processes send errors home pickled: what is made anew from are these two.
         super().__init__(path, reason)
-        self.path = Path(path)
+        self.path, self.kind = Path(path), kind
 
     def __str__(self) -> str:
         path, reason = self.args

@@ -6,6 +6,7 @@ from typing import Literal
 
 Box = tuple[float, float, float, float]
 Fit = Literal["crop", "squash"]
+Span = tuple[int, int]  # [start, stop)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,20 @@ class Framing:
         down, across = (height - square) / (2 * height), (width - square) / (2 * width)
         return down, across, 1 - down, 1 - across
 
+    def spans(self, width: int, height: int, *, quarter_turns: int = 0) -> tuple[Span, Span]:
+        """Rows and columns of the kept part, in a picture as it is stored.
 
-def pixel_span(low: float, high: float, size: int) -> tuple[int, int]:
+        quarter_turns, counterclockwise, set that picture upright, width x height pixels.
+        """
+        top, left, bottom, right = self.box(width, height)
+        rows, columns = pixel_span(top, bottom, height), pixel_span(left, right, width)
+        for _ in range(quarter_turns):  # from the upright picture back to the stored one
+            rows, columns = columns, (height - rows[1], height - rows[0])
+            height, width = width, height
+        return rows, columns
+
+
+def pixel_span(low: float, high: float, size: int) -> Span:
     """The fractions [low, high) of `size` pixels as [start, stop), rounded, at least one pixel."""
     start = min(math.floor(low * size + 0.5), size - 1)
     return start, max(math.floor(high * size + 0.5), start + 1)

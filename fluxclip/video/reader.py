@@ -1,9 +1,9 @@
 """Files to clips: `probe` says what is in a file, `read_clip` reads frames chosen by time."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
-from types import ModuleType
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from fluxclip import plugins
 from fluxclip.stages import stage
+from fluxclip.video import chunks
 from fluxclip.video.clip import Clip, VideoError, VideoInfo
+from fluxclip.video.decoders import Video
 from fluxclip.video.framing import Box, Fit, Framing
 from fluxclip.video.sampling import evenly_spread
 
@@ -50,19 +52,28 @@ def is_image(path: str | Path) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file or folder of chunks exists; VideoError for such a folder that is not sound."""
+    if chunks.is_folder_of_chunks(path):
+        chunks.contents(path)
+        return True
+    return path.is_file()
+
+
 @_names_its_file
-def probe(path: str | Path, *, decoder: str = "pyav") -> VideoInfo:
+def probe(path: str | Path, *, content: bytes | None = None, decoder: str = "pyav") -> VideoInfo:
     """What is known of a video or still without decoding more than its first frame.
 
-    Raises FileNotFoundError for a missing file, VideoError for one that cannot be read.
+    content: the bytes of the file, where they are in memory and `path` is but a name. Raises
+    FileNotFoundError for a missing file, VideoError for one that cannot be read.
     """
-    path = _existing_file(path)
+    path = _existing_file(path, content)
     if is_image(path):
         from fluxclip.video import stills  # imports Pillow
 
         with stage("read"):
-            return stills.probe_still(path)
-    with _decoder(decoder).open_video(path) as video:
+            return stills.probe_still(path, content)
+    with _open_video(path, decoder, content) as video:
         info: VideoInfo = video.info
     return info
 
@@ -78,6 +89,7 @@ def read_clip(
     side: int | None = None,
     fit: Fit = "crop",
     crop: Box | None = None,
+    content: bytes | None = None,
     decoder: str = "pyav",
 ) -> Clip:
     """Read the frames that are on screen at given times: uint8 RGB, 0-255, upright.
@@ -91,7 +103,7 @@ def read_clip(
     A still is always a clip of one frame at time 0, whatever times or number are asked for.
 
     Args:
-        path: a video, or a still by its suffix (`IMAGE_SUFFIXES`).
+        path: a video, a still by its suffix (`IMAGE_SUFFIXES`), or a folder of chunks (".chunks").
         num_frames: read this many, at the midpoints of equal parts of [start_s, end_s).
         times_s: or read at these times, ascending, each in [0, duration).
         start_s, end_s: what `num_frames` is spread over; the end of the video when `end_s` is None
@@ -102,6 +114,7 @@ def read_clip(
         crop: (top, left, bottom, right) as fractions of the picture in [0, 1]: this part instead of
             what `fit` says. One box for the whole clip. Its edges are rounded to pixels; in a
             video, the box then moves by up to a pixel to where samples of colour begin.
+        content: the bytes of the file, where they are in memory and `path` is but a name.
         decoder: a file of `fluxclip.video.decoders`, or a dotted module name.
 
     Raises FileNotFoundError for a missing file; VideoError, with one line that names the path, for
@@ -116,13 +129,13 @@ def read_clip(
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
     wanted_s = None if times_s is None else _checked_times(times_s)
     framing = Framing(side, fit, crop)
-    path = _existing_file(path)
+    path = _existing_file(path, content)
     if is_image(path):
         from fluxclip.video import stills  # imports Pillow
 
         with stage("decode"):  # Pillow reads, decodes and cuts as one
-            return stills.read_still(path, framing)
-    with _decoder(decoder).open_video(path) as video:
+            return stills.read_still(path, framing, content)
+    with _open_video(path, decoder, content) as video:
         duration_s = video.info.duration_s
         if num_frames is not None:
             start_s, end_s = _checked_interval(path, start_s, end_s, duration_s)
@@ -155,7 +168,7 @@ def probe_and_read(
         from fluxclip.video import stills  # imports Pillow
 
         return stills.probe_still(path), stills.read_still(path, framing)
-    with _decoder(decoder).open_video(path) as video:
+    with _open_video(path, decoder) as video:
         info: VideoInfo = video.info
         if info.duration_s > up_to_s:
             return info, None
@@ -183,16 +196,32 @@ def _checked_interval(
     return start_s, end_s
 
 
-def _existing_file(path: str | Path) -> Path:
+def _existing_file(path: str | Path, content: bytes | None = None) -> Path:
     path = Path(path)
+    if content is not None:
+        if not content:
+            raise VideoError(path, "an empty file (0 bytes)", kind="empty")
+        return path
+    if chunks.is_folder_of_chunks(path):
+        return path
     if path.is_dir():
-        raise VideoError(path, "a folder, not a video or an image")
+        raise VideoError(path, "a folder, not a video or an image", kind="not a video")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        reason = "a pipe, socket or device, not a video or an image"
+        raise VideoError(path, reason, kind="not a video")
     if path.stat().st_size == 0:
-        raise VideoError(path, "an empty file (0 bytes)")
+        raise VideoError(path, "an empty file (0 bytes)", kind="empty")
     return path
 
 
-def _decoder(name: str) -> ModuleType:
-    return plugins.load("fluxclip.video.decoders", name)
+def _open_video(
+    path: Path, decoder: str, content: bytes | None = None
+) -> AbstractContextManager[Video]:
+    """A file, bytes or a folder of chunks, opened by a decoder of that name."""
+    open_video = plugins.load("fluxclip.video.decoders", decoder).open_video
+    if content is None and chunks.is_folder_of_chunks(path):
+        return chunks.open_folder(path, open_video)
+    video: AbstractContextManager[Video] = open_video(path, content)
+    return video

@@ -5,6 +5,7 @@ reads WebP in every build, which FFmpeg's builds do not all. It is not a file of
 what stands there reads videos.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,18 @@ from fluxclip.video.clip import Clip, VideoError, VideoInfo
 from fluxclip.video.framing import Framing, pixel_span
 
 
-def probe_still(path: Path) -> VideoInfo:
-    """What is known of an image; its width and height are those of the upright picture."""
-    with _opened(path) as image:
+def probe_still(path: Path, content: bytes | None = None) -> VideoInfo:
+    """What is known of an image; its width and height are those of the upright picture.
+
+    content: the bytes of the file, where they are in memory and `path` is but a name.
+    """
+    with _opened(path, content) as image:
         width, height = image.size
     return VideoInfo(path, 0.0, num_frames=1, width=width, height=height, fps=0.0, is_image=True)
 
 
-def read_still(path: Path, framing: Framing) -> Clip:
-    """An image as a clip of one frame at time 0.
+def read_still(path: Path, framing: Framing, content: bytes | None = None) -> Clip:
+    """An image, or bytes of that name, as a clip of one frame at time 0.
 
     Orientation (EXIF) is applied, transparency laid over white, resizing is bicubic with the kernel
     widened when the picture shrinks. Of an animated image the first picture is taken. Grey pictures
@@ -32,7 +36,7 @@ def read_still(path: Path, framing: Framing) -> Clip:
     no readable image, or whose range of values is not known (32 bits of which more than 16 are
     used, floats).
     """
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         picture = _rgb(image, path)
         width, height = picture.size
         top, left, bottom, right = framing.box(width, height)
@@ -49,16 +53,19 @@ def read_still(path: Path, framing: Framing) -> Clip:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, content: bytes | None) -> Iterator[Image.Image]:
     """The upright image; whatever goes wrong inside is a VideoError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             yield ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise VideoError(path, "not an image that Pillow can read") from error
+        raise VideoError(path, "not an image that Pillow can read", kind="not a video") from error
     except VideoError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Pillow
+            reason = f"cannot be opened ({error.strerror})"
+            raise VideoError(path, reason, kind="not readable") from error
         raise VideoError(path, f"a damaged image ({error})") from error
 
 

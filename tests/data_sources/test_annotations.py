@@ -94,7 +94,7 @@ def test_not_text(emoji: Path) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing.json: not found"):
         read(tmp_path / "nothing.json")
-    with pytest.raises(FileNotFoundError, match="is a folder; expected a JSON file"):
+    with pytest.raises(FileNotFoundError, match="is a folder; expected a JSON, "):
         read(tmp_path)
 
 

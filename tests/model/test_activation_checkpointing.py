@@ -100,7 +100,6 @@ def test_the_most_memory_that_activations_take_is_far_less() -> None:
     assert most[1] <= 0.45 * most[0]
 
 
-@pytest.mark.parametrize("packed", [False, True])
 def written_out(q_BND: Tensor, k_BND: Tensor, v_BND: Tensor) -> Tensor:
     return (q_BND @ k_BND.mT).softmax(-1) @ v_BND
 

@@ -14,7 +14,8 @@ import pytest
 from layout_embedder import LayoutEmbedder
 from PIL import Image
 
-from fluxclip.video import Clip, probe, read_clip, windows
+from fluxclip.video import Clip, chunk_writer, probe, read_clip, windows
+from fluxclip.video.chunks import Settings
 from retrieval import Collection
 
 
@@ -94,6 +95,21 @@ def test_folders_patterns_and_names(cats: Collection, folder: Path) -> None:
     assert cats.add([f"{folder}/*/*.MP4"]).added == 1
     assert cats.add([f"{folder}/**/*.mp4", folder / "b.mp4", folder]).skipped == 3
     assert _paths(cats) == [str(folder / name) for name in inside]
+
+
+def test_a_folder_of_chunks_is_one_video(
+    cats: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "videos" / "a.mp4.chunks"
+    chunk_writer.write([(clips[0], folder)], settings=Settings(seconds=1, side=64))
+    shutil.copy(clips[1], tmp_path / "videos" / "b.mp4")
+    report = cats.add([tmp_path / "videos"])
+    assert (report.added, report.skipped, report.failed) == (2, 0, {})
+    hits = cats.search(video=clips[0], k=2)
+    assert Path(hits[0].video) == folder
+    assert hits[0].end_s == probe(clips[0]).duration_s
+    again = cats.add([folder])
+    assert (again.added, again.skipped) == (0, 1)
 
 
 def test_relative_paths_are_made_absolute(

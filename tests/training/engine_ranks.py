@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fluxclip.data import loader
 from fluxclip.training import engines, optimizer
-from fluxclip.training.engines.deepspeed import library
-from fluxclip.training.forward import Forward
+from fluxclip.training.engines.deepspeed import deepspeed  # noqa: F401  see main
+from fluxclip.training.engines.plain import Plain
+from fluxclip.training.forward import Features, Forward
 from fluxclip.training.loop import dataset
 
 STEPS, HALF = 10, 5
@@ -31,7 +32,7 @@ SETUPS: dict[str, tuple[int, list[str]]] = {
     "zero-0": (2, ["engine=deepspeed", "zero_stage=0"]),
     "zero-1": (2, ["engine=deepspeed", "zero_stage=1"]),
     "zero-1-pieces": (2, ["engine=deepspeed", "pieces=3", "activation_checkpointing=true"]),
-    "zero-2": (2, ["engine=deepspeed", "zero_stage=2"]),
+    "zero-2": (4, ["engine=deepspeed", "zero_stage=2"]),
 }
 # whose state is taken up by whom
 MOVES = [("plain", "zero-1"), ("zero-1", "plain"), ("zero-2", "zero-1")]
@@ -95,6 +96,23 @@ def without_a_step(forward: Forward, engine: Any, step: loader.Step) -> bool:
     return all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def scale_after_the_clamp(forward: Forward, engine: Any, step: loader.Step) -> float:
+    """The temperature when it was pushed against its end for some steps, then back."""
+    scale = forward.model.log_scale
+    is_plain = isinstance(engine, Plain)
+    for sign in (-1.0, 1.0):
+        for _ in range(6):
+
+            def push(features: Features, sign: float = sign) -> Tensor:
+                return sign * scale + 0 * sum(x.sum() for x in features.tensors)
+
+            engine.adamw.zero_grad() if is_plain else engine._forget_gradients()
+            loss, _ = (engine.call if is_plain else engine.engine)(step, push)
+            loss.backward() if is_plain else engine._run_back(loss)
+            engine.step_down(lr=1.0)
+    return scale.item()
+
+
 def moment_bytes(engine: Any) -> int:
     held = [x for state in engine.adamw.state.values() for x in state.values()]
     return sum(x.untyped_storage().nbytes() for x in held if x.ndim)
@@ -125,6 +143,7 @@ def work(rank: int, name: str, forward: Forward, data: loader.Steps, folder: Pat
         found["losses"] = run(forward, engine, own, 0, found)
         found |= {"end": copy(engine), "bytes": moment_bytes(engine)}
         found["skips"] = without_a_step(forward, engine, own[0])
+        found["scale"] = scale_after_the_clamp(forward, engine, own[0])
         torch.save(found, folder / f"{name}-{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -139,7 +158,7 @@ def main(folder: Path, emoji: Path) -> None:
         data[number]  # decoded once, for all
     torch.manual_seed(0)
     forward = Forward(recipe.build(), data.sources, recipe)
-    library()  # imported once, for all; with one thread there is nothing that a fork could break
+    # deepspeed too is imported once, for all; with one thread there is nothing a fork could break
     fork = multiprocessing.get_context("fork")
     jobs = [(name, None) for name in SETUPS]
     jobs += [(name, folder / f"{source}-0.pt") for source, name in MOVES]

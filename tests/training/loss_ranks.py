@@ -98,7 +98,7 @@ def step(objective: str, rank: int, world: int, *, negatives: str, logits: int) 
     loss, parts = towers(pairs(rank, world), negatives)
     loss.backward()
     found = {"loss": loss.detach()} | {
-        f"part {name}": torch.tensor(value, dtype=torch.float64) for name, value in parts.items()
+        f"part {name}": value.double() for name, value in parts.items()
     }
     found |= {f"gradient {name}": p.grad for name, p in towers.named_parameters()}
     for x in found.values():

@@ -11,7 +11,7 @@ from fluxclip.training import checkpoint, optimizer
 from fluxclip.training.checkpoint import Progress
 
 PROGRESS = Progress(
-    step=7, best=31.25, seconds=1.5, unreadable={"a.mp4": "cut off"}, command="fluxclip train x",
+    step=7, best=31.25, seconds=1.5, command="fluxclip train x",
     annotations={"data.0.annotations": "ab12"},
 )  # fmt: skip
 

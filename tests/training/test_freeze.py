@@ -75,7 +75,7 @@ def test_patterns_name_weights_and_the_last_match_counts(own_text: list[str]) ->
         (["xyz"], r"the parts are log_scale, video.\*, video_projection.\*, text.\*, text_proj"),
         (["*"], "leaves nothing to train"),
         (["*", "!log_scale"], "the temperature alone, which changes no ranking"),
-        (["!text.*"], 'referred to .text.weights = "reference".: say text.weights = "stored"'),
+        (["!text.*"], 'referred to .text.weights = "reference".: name less, or train a model'),
         (["*", "!*"], "would train the text tower"),
     ],
 )

@@ -66,3 +66,11 @@ def test_wrong_files_are_an_error_as_in_a_run(changes: list[str], tmp_path: Path
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(ValueError, match="is an empty list"):
         plan(read(changes))
+
+
+def test_of_many_records_some_are_looked_at(changes: list[str]) -> None:
+    """A source that is no file, and has more records than can be walked at every start."""
+    named = ["data.0.source=synthetic", "data.0.annotations=3000000?stills=0.25&side=64"]
+    text = "\n".join(plan(read([*changes, *named, "data.0.cache_frames=0"])).lines)
+    assert "data: 3000000?stills=0.25&side=64, 3,000,000 records, 8 a step, 0.0 epochs" in text
+    assert "; missing files and stills by 10,000 of them" in text

@@ -214,10 +214,10 @@ def refused(changes: list[str], *options: str) -> str:
 
 def test_what_cannot_be_resumed_is_said(tmp_path: Path, emoji: Path, uninterrupted: Path) -> None:
     changes, run = short(tmp_path, emoji), tmp_path / "run"
-    assert refused(changes, "--resume") == f"{run} holds no run: start it without --resume"
-    run.mkdir()
+    (run / "best").mkdir(parents=True)
+    assert "holds a model but no saved state" in refused(changes, "--resume")
+    (run / "best").rmdir()
     shutil.copy(uninterrupted / "recipe.toml", run)
-    assert "holds a run but no saved state" in refused(changes, "--resume")
     assert "continue it with --resume" in refused(changes)
     shutil.copytree(uninterrupted / "state", run / "state")
     shutil.rmtree(run / "state" / f"step-{STEPS}")
@@ -227,6 +227,32 @@ def test_what_cannot_be_resumed_is_said(tmp_path: Path, emoji: Path, uninterrupt
     records = json.loads(annotations.read_text())
     annotations.write_text(json.dumps(records[1:]))
     assert "the file of data.1.annotations has changed" in refused(changes, "--resume")
+
+
+def test_a_run_that_had_saved_nothing_starts_over(
+    tmp_path: Path, emoji: Path, uninterrupted: Path
+) -> None:
+    changes, run = short(tmp_path, emoji), tmp_path / "run"
+    run.mkdir()
+    shutil.copy(uninterrupted / "recipe.toml", run)
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 7.0}\n')
+    train(read(changes), resume=True, console=QUIET)
+    assert numbers(run) == numbers(uninterrupted)
+
+
+def test_sigterm_before_the_first_step_is_no_request_to_resume(tmp_path: Path, emoji: Path) -> None:
+    changes = short(tmp_path, emoji)
+    sets = [word for change in changes for word in ("--set", change)]
+    command = [sys.executable, "-X", "importtime", "-m", "fluxclip.cli", "train", str(DEMO), *sets]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # torch is loaded next, which takes seconds
+            if line.endswith(" fluxclip.distributed\n"):
+                process.terminate()
+                break
+        process.stderr.read()
+    assert process.returncode == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_state_of_another_model_is_refused(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from small_run import DEMO, metrics, small_run
@@ -50,8 +51,14 @@ def submit(folder: Path, words: list[str], *, restarts: int = 0) -> subprocess.P
     }  # fmt: skip
     return subprocess.Popen(
         ["bash", str(SCRIPT), *words], env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+
+
+def end(job: subprocess.Popen[str]) -> None:
+    """Leave nothing of the job, its tasks included."""
+    with suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
 
 
 def test_a_job_that_is_stopped_queues_itself_and_goes_on(tmp_path: Path, emoji: Path) -> None:
@@ -65,17 +72,32 @@ def test_a_job_that_is_stopped_queues_itself_and_goes_on(tmp_path: Path, emoji: 
         os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
         said = job.communicate(timeout=240)
     finally:
-        job.kill()
+        end(job)
     assert job.returncode == 143, said
     assert (tmp_path / "scontrol.txt").read_text().splitlines()[-1] == f"requeue {os.getpid()}"
     done = len(metrics(tmp_path / "run"))
     assert 0 < done < 40
     again = submit(tmp_path, words, restarts=1)
-    said = again.communicate(timeout=240)
+    try:
+        said = again.communicate(timeout=240)
+    finally:
+        end(again)
     assert again.returncode == 0, said
     assert "resumed after step" in said[1]
     assert len([row for row in metrics(tmp_path / "run") if "loss" in row]) == 40
     assert "requeue" not in (tmp_path / "scontrol.txt").read_text().splitlines()[-1]
+
+
+def test_a_restart_before_the_first_state_starts_the_run(tmp_path: Path, emoji: Path) -> None:
+    changes = [*small_run(tmp_path, emoji), "optimizer.steps=2", "optimizer.warmup_steps=1"]
+    words = [str(DEMO), *(word for change in changes for word in ("--set", change))]
+    job = submit(tmp_path, words, restarts=1)
+    try:
+        said = job.communicate(timeout=240)
+    finally:
+        end(job)
+    assert job.returncode == 0, said
+    assert len([row for row in metrics(tmp_path / "run") if "loss" in row]) == 2
 
 
 def test_a_wrong_recipe_ends_the_job_for_good(tmp_path: Path) -> None:

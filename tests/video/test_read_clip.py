@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from video_files import decode_all, grey_pictures, level_of, on_screen, remux, write_video
 
-from fluxclip import plugins
 from fluxclip.video import evenly_spread, probe, probe_and_read, random_crop, read_clip
-
-DECODERS = plugins.available("fluxclip.video.decoders")
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +22,10 @@ def film(assets: Path) -> Path:
     return assets / "film" / "film_360p.mp4"
 
 
-def assert_same_as_decoding_all(path: Path, wanted_s: np.ndarray, decoder: str = "pyav") -> None:
+def assert_same_as_decoding_all(path: Path, wanted_s: np.ndarray) -> None:
     """Every frame, bit by bit, and its time are those found by decoding from first to last."""
     frames, times_s = decode_all(path)
-    clip = read_clip(path, times_s=wanted_s, decoder=decoder)
+    clip = read_clip(path, times_s=wanted_s)
     expected = on_screen(times_s, wanted_s)
     np.testing.assert_array_equal(clip.times_s, times_s[expected])
     np.testing.assert_array_equal(clip.frames_THWC, frames[expected])
@@ -37,9 +34,8 @@ def assert_same_as_decoding_all(path: Path, wanted_s: np.ndarray, decoder: str =
 # ---- time ----
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", ["1f300", "1f436"])
-def test_emoji_clips_as_decoded_from_first_to_last(emoji: Path, name: str, decoder: str) -> None:
+def test_emoji_clips_as_decoded_from_first_to_last(emoji: Path, name: str) -> None:
     path = emoji / "clips" / f"{name}.mp4"
     duration_s = probe(path).duration_s
     rng = np.random.default_rng(0)
@@ -48,10 +44,9 @@ def test_emoji_clips_as_decoded_from_first_to_last(emoji: Path, name: str, decod
         np.arange(0, duration_s, 0.02),
         np.array([duration_s - 1e-4]),
     ):
-        assert_same_as_decoding_all(path, wanted_s, decoder)
+        assert_same_as_decoding_all(path, wanted_s)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
 def test_seeking_in_a_film_gives_what_decoding_from_the_start_gives(
     film: Path, decoder: str
 ) -> None:
@@ -438,7 +433,6 @@ def test_a_decoder_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert clip.frames_THWC.shape == (2, 48, 64, 3)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
 def test_probing_and_reading_at_once_gives_what_each_gives(
     emoji: Path, film: Path, decoder: str
 ) -> None:

@@ -12,6 +12,7 @@ from typing import get_args
 from fluxclip.data.sources import annotations as source
 from fluxclip.evaluation.protocols import Captions, RetrievalTask
 from fluxclip.evaluation.protocols._files import retrieval_task
+from fluxclip.video import is_there
 
 
 def read(
@@ -39,9 +40,9 @@ def read(
     return retrieval_task(
         path.stem,
         captions_of,
-        {video: file for video, file in files.items() if file.is_file()},
+        {video: file for video, file in files.items() if is_there(file)},
         captions=captions,
         num_expected=len(captions_of),
-        sources=[path],
+        sources=source.files(str(path)),
         choices={},
     )

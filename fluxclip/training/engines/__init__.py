@@ -19,13 +19,16 @@ class Engine(Protocol):
         """The gradients of a step, averaged over processes; this one's loss and its parts."""
 
     def step_down(self, *, lr: float) -> float:
-        """One optimizer step at rate `lr` along these gradients.
+        """One optimizer step at rate `lr` along these gradients; the temperature stays in range.
 
         Returns their norm before it was cut; where that is no number, nothing was stepped.
         """
 
+    def shapes(self) -> dict[str, Tensor]:
+        """What `state` gives, by name, on the device "meta": without values."""
+
     def state(self) -> dict[str, Tensor]:
-        """Whole tensors by the names that training/checkpoint.py lists, on every process."""
+        """Whole tensors by the names that training/checkpoint.py lists, in the first process."""
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take what `state` gave, in this engine or another, with as many processes or others."""

@@ -5,6 +5,8 @@ bf16 is autocast, as in the engine `plain`, so that both make the same steps to 
 """
 
 import logging
+import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +34,13 @@ class DeepSpeed:
         self.adamw = optimizer.build(
             forward, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, muon=o.muon
         )
-        trained = [p for p in forward.parameters() if p.requires_grad]
+        self.trained = [p for p in forward.parameters() if p.requires_grad]
+        if recipe.zero_stage == 2 and forward.some_unused and distributed.world_size() > 1:
+            raise ValueError(
+                "zero_stage = 2 gives gradients away in the order in which they are ready, and "
+                "with a teacher or a projector for each budget processes differ in it: set "
+                "zero_stage=1"
+            )
         self.engine = _initialize(
             forward,
             self.adamw,
@@ -43,10 +51,11 @@ class DeepSpeed:
                 "gradient_clipping": o.clip_norm,
                 "zero_optimization": {
                     "stage": recipe.zero_stage,
-                    "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in trained)),
+                    "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in self.trained)),
                     "allgather_bucket_size": _BUCKET,
                 },
                 "zero_allow_untested_optimizer": True,
+                "timers": {"throughput": {"enabled": False}},  # waits for the GPU
             },
         )
         self.zero: Any = self.engine.optimizer if recipe.zero_stage else None
@@ -57,16 +66,23 @@ class DeepSpeed:
         self._forget_gradients()
         return gradient_cache.backward(
             self.forward, step, pieces=self.recipe.pieces, call=self.engine,
-            run_back=self.engine.backward, silent=self._silent,
+            run_back=self._run_back, silent=self._silent,
         )  # fmt: skip
 
     def step_down(self, *, lr: float) -> float:
         if not self.zero:
             clip_norm = self.recipe.optimizer.clip_norm
-            return optimizer.step_down(self.adamw, self.forward, lr=lr, clip_norm=clip_norm)
-        optimizer.set_rate(self.adamw, lr)
-        self.engine.step()  # leaves out a step whose gradient is no number
-        return float(self.engine.get_global_grad_norm())
+            norm = optimizer.step_down(self.adamw, self.forward, lr=lr, clip_norm=clip_norm)
+        else:
+            optimizer.set_rate(self.adamw, lr)
+            self.engine.step()  # leaves out a step whose gradient is no number
+            norm = float(self.engine.get_global_grad_norm())
+        if math.isfinite(norm):
+            self._clamp_scale()
+        return norm
+
+    def shapes(self) -> dict[str, Tensor]:
+        return optimizer.shapes(self.adamw, self.forward)
 
     def state(self) -> dict[str, Tensor]:
         weights = self.forward.state()
@@ -75,11 +91,14 @@ class DeepSpeed:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         found: dict[str, Tensor] = {}
+        is_first = distributed.rank() == 0
         for name, parameter, steps in self._shared():
             for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{key}/{name}"] = safe_get_full_optimizer_state(parameter, key)
+                whole = safe_get_full_optimizer_state(parameter, key)
+                if is_first:  # one after the other: together they need not fit onto a GPU
+                    found[f"{key}/{name}"] = whole.cpu()
             found[f"step/{name}"] = steps.clone()
-        return weights | found
+        return weights | found if is_first else {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -116,6 +135,24 @@ class DeepSpeed:
             }
         self.zero._lazy_init_hp_params_optimizer_state()
 
+    def _clamp_scale(self) -> None:
+        self.forward.model.clamp_scale()
+        scale = self.forward.model.log_scale
+        if self.zero and scale.requires_grad:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            # else the next step starts from what ZeRO keeps of it, which was not clamped
+            safe_set_full_fp32_param(scale, scale.detach())
+
+    def _run_back(self, loss: Tensor) -> None:
+        if self.recipe.zero_stage == 1 and self.engine.is_gradient_accumulation_boundary():
+            # what has no part in this process's loss may have one in another's, and what is
+            # exchanged has to be equally long in all
+            for parameter in self.trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        self.engine.backward(loss)
+
     def _forget_gradients(self) -> None:
         """Start a step without what is left of one that was skipped."""
         self.engine.zero_grad()
@@ -135,7 +172,7 @@ class DeepSpeed:
             self.engine.set_gradient_accumulation_boundary(True)
 
 
-def library() -> ModuleType:
+def _library() -> ModuleType:
     """The package deepspeed, without its talk on standard output; ValueError if not installed."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
@@ -148,12 +185,16 @@ def library() -> ModuleType:
     return package
 
 
+deepspeed = _library()
+
+
 def _initialize(forward: Forward, adamw: torch.optim.AdamW, config: dict[str, object]) -> Any:
     """DeepSpeed's engine around what is trained and what trains it."""
-    deepspeed = library()
     # else a CPU compiles, for 20 s, an operation for inference that training has no use for
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     distributed.join_alone()
+    # which GPU of those that this process sees: with one for each task, not the task's number
+    os.environ["LOCAL_RANK"] = str(forward.device.index or 0)
     # DeepSpeed 0.19 cannot broadcast numbers without an axis, but leaves out what has this mark;
     # nothing is lost, as all processes make the same weights from the same seed
     scalars = [parameter for parameter in forward.parameters() if parameter.ndim == 0]

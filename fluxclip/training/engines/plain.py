@@ -31,7 +31,12 @@ class Plain:
 
     def step_down(self, *, lr: float) -> float:
         clip_norm = self.recipe.optimizer.clip_norm
-        return optimizer.step_down(self.adamw, self.forward, lr=lr, clip_norm=clip_norm)
+        norm = optimizer.step_down(self.adamw, self.forward, lr=lr, clip_norm=clip_norm)
+        self.forward.model.clamp_scale()
+        return norm
+
+    def shapes(self) -> dict[str, Tensor]:
+        return optimizer.shapes(self.adamw, self.forward)
 
     def state(self) -> dict[str, Tensor]:
         return self.forward.state() | optimizer.moments(self.adamw, self.forward)

@@ -31,8 +31,8 @@ class ViewsAgainstText(nn.Module, ABC):
     def forward(
         self, views_BD: Sequence[Tensor], text_BD: Tensor, scale: Tensor, labels_BK: Tensor, *,
         align: float, negatives: Literal["local", "full"],
-    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """The loss of a step, and its parts by name for the log.
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The loss of a step, and its parts by name for the log, scalars without a graph.
 
         views_BD: unit vectors of this rank's clips, one tensor per budget, the largest budget
         first; text_BD: of their captions; both fp32 or fp64, outside autocast. scale:
@@ -62,9 +62,7 @@ class ViewsAgainstText(nn.Module, ABC):
             parts["align"] = distance
         first = rank() * len(text_BD) if full else 0
         parts["recall"] = hits[0][first : first + len(text_BD)].to(total.dtype).mean()
-        # one transfer from the GPU for all of them
-        values = torch.stack([value.detach() for value in parts.values()]).tolist()
-        return total, dict(zip(parts, values, strict=True))
+        return total, {name: part.detach() for name, part in parts.items()}
 
     @abstractmethod
     def contrast(

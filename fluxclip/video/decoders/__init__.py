@@ -1,7 +1,8 @@
 """Decoders: one file per library that turns video files into frames.
 
-A decoder is a module with `open_video(path)`, a context manager that gives a `Video`. It works at
-the level of one open file, so that a clip costs one open; arguments are checked in `reader.py`.
+A decoder is a module with `open_video(path, content=None)`, a context manager that gives a `Video`.
+With `content`, the file is these bytes in memory, and `path` is only what errors call it. It works
+at the level of one open file, so that a clip costs one open; arguments are checked in `reader.py`.
 """
 
 from typing import Protocol

@@ -5,9 +5,11 @@ that are returned are scaled and converted to RGB. A file that does not state wh
 some recordings) is read through once more, without decoding, each time it is opened.
 """
 
+import io
 import math
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from fluxclip.stages import each, stage
-from fluxclip.video.clip import VideoError, VideoInfo
-from fluxclip.video.framing import Framing, pixel_span
+from fluxclip.video.clip import FaultKind, VideoError, VideoInfo
+from fluxclip.video.framing import Framing
 
 # FFmpeg's messages do not go to the terminal; a VideoError says what went wrong.
 av.logging.set_level(None)
@@ -38,17 +40,23 @@ _SCALING = (
     | Interpolation.FULL_CHR_H_INP
 )
 
-_TIME_SLACK_S = 1e-6  # finer than the clock of any container, coarser than the rounding in i / fps
+TIME_SLACK_S = 1e-6  # finer than the clock of any container, coarser than the rounding in i / fps
 
 # Where no index says where the keyframes are, a seek is tried for times further ahead than this.
 _BLIND_SEEK_S = 5.0
 
 # MPEG program streams (.mpg) carry few times: after a seek, and at the end, they are guessed wrong.
 _PROGRAM_STREAM = "mpeg"
+_TRANSPORT_STREAM = "mpegts"
+
+_H264_NEW_START = 5  # the type of a picture after which none refers to what was before it
 
 # How many frames before a wanted time every frame is decoded: the one on screen, and one to spare.
 _SKIM_FRAMES = 2
 _NEVER = -(2**63)
+
+# What bytes in memory may reach for: nothing. A playlist among them could name files and addresses.
+_NOTHING_ELSE = {"protocol_whitelist": "data"}
 
 # Tags in other encodings than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument
 # and never refuses.
@@ -57,10 +65,40 @@ _OPEN_OPTIONS: dict[str, Any] = (
 )
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """What other libraries' pictures are held to.
+
+    Attributes:
+        pts: int64 (N,), ascending: when each picture comes on screen, on the file's clock.
+        origin_pts: that of the first picture that can be decoded, from which times count.
+        tick: the unit of both in seconds.
+        quarter_turns: counterclockwise, what sets the stored picture upright.
+        is_subsampled: whether a sample of colour is that of two pixels in a row or a column.
+        has_alpha: whether pictures can be transparent.
+        starts_anew: whether no picture after a keyframe refers to one before it.
+        is_indexed: whether the container says where in the file a keyframe is.
+    """
+
+    pts: npt.NDArray[np.int64]
+    origin_pts: int
+    tick: Fraction
+    quarter_turns: int
+    is_subsampled: bool
+    has_alpha: bool
+    starts_anew: bool
+    is_indexed: bool
+
+    @property
+    def times_s(self) -> npt.NDArray[np.float64]:
+        """(N,) seconds from the first picture that can be decoded: below 0 for those before it."""
+        return (self.pts - self.origin_pts) * self.tick.numerator / self.tick.denominator
+
+
 @contextmanager
-def open_video(path: Path) -> Iterator["PyavVideo"]:
-    """Open a video file. Raises VideoError for what FFmpeg cannot decode."""
-    video = PyavVideo(path)
+def open_video(path: Path, content: bytes | None = None) -> Iterator["PyavVideo"]:
+    """Open a video file, or bytes of that name. Raises VideoError for what FFmpeg cannot decode."""
+    video = PyavVideo(path, content)
     try:
         yield video
     finally:
@@ -72,12 +110,12 @@ class PyavVideo:
 
     info: VideoInfo
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        self._path, self._content = path, content
         self._scaler = VideoReformatter()
         self._cutter_key: tuple[object, ...] = ()
         self._may_skim = True
-        self._container, self._stream = _open(path)
+        self._container, self._stream = _open(path, content)
         self._following: av.VideoFrame | None = None
         try:
             self._on_screen = self._start()
@@ -113,6 +151,60 @@ class PyavVideo:
             raise VideoError(self._path, "its pictures change size on the way; give a side")
         return np.stack(pictures), np.array(shown_s)
 
+    @property
+    def tick(self) -> Fraction:
+        """The unit of the file's clock in seconds."""
+        return self._tick
+
+    def walk(self, start_s: float) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Every frame from the one on screen at `start_s` to the last, upright by `quarter_turns`.
+
+        With each come its ticks from the first frame of the video, strictly ascending: of frames
+        with one time the last is given, which is the one on screen. Raises VideoError for what
+        cannot be decoded, at the end also if the file ends before it says. `read` is over then.
+        """
+        frame = self._frame_at(start_s)
+        while True:
+            yield self._pts(frame) - self._origin_pts, frame
+            self._following = self._following or next(self._frames, None)
+            if self._following is None:
+                return
+            self._walk_to(self._time_s(self._following))
+            frame = self._on_screen
+
+    def timeline(self) -> "Timeline":
+        """When every picture is on screen, from reading the file to its end without decoding.
+
+        Leaves nothing to read. Raises VideoError for what has no such times, or is cut short.
+        """
+        first = self._on_screen
+        self._container.close()
+        self._container, self._stream = _open(self._path, self._content)
+        self._reached_s = -math.inf
+        pts, keyframe_pts, starts_anew = [], _NEVER, True
+        with _refusing_damage(self._path):
+            for packet in self._packets():
+                if not packet.size or packet.is_discard:
+                    continue
+                if packet.pts is None:
+                    reason = "some of its pictures have no times: read it with pyav"
+                    raise VideoError(self._path, reason)
+                if packet.is_keyframe:
+                    keyframe_pts = packet.pts
+                    starts_anew = starts_anew and _starts_anew(packet, self._stream)
+                starts_anew = starts_anew and packet.pts >= keyframe_pts
+                pts.append(packet.pts)
+        return Timeline(
+            pts=np.sort(np.array(pts, np.int64)),
+            origin_pts=self._origin_pts,
+            tick=self._tick,
+            quarter_turns=quarter_turns(first),
+            is_subsampled=_is_subsampled(first),
+            has_alpha=_has_alpha(first),
+            starts_anew=starts_anew,
+            is_indexed=self._container.format.name not in (_PROGRAM_STREAM, _TRANSPORT_STREAM),
+        )
+
     def _start(self) -> av.VideoFrame:
         """Decode the first frame of the file, which has just been opened."""
         self._frames = self._decode()
@@ -121,37 +213,29 @@ class PyavVideo:
         self._stream.codec_context.thread_count = 1
         self._tick = _tick(self._stream)
         self._stated_end_s, self._is_own_end = _stated_end(
-            self._path, self._container, self._stream
+            self._path, self._content, self._container, self._stream
         )
         self._can_seek = self._container.format.name != _PROGRAM_STREAM
         self._reached_s = -math.inf
         self._skim_until_pts = self._skimmed_pts = _NEVER
         first = next(self._frames, None)
         if first is None:
-            raise VideoError(self._path, "no picture in it can be decoded")
+            raise VideoError(self._path, "no picture in it can be decoded", kind="no frames")
         return first
 
     def _decode(self) -> Generator[av.VideoFrame, None, None]:
         """Frames in the order they are shown, from where the container stands."""
         started = False
-        try:
-            for packet in each("demux", self._container.demux()):
-                is_last = packet.size == 0 and packet.dts is None
-                if packet.stream.index != self._stream.index:
-                    if not self._is_own_end and not is_last:
-                        self._reached_s = max(self._reached_s, _end_s(packet, _tick(packet)))
-                    continue
-                if is_last:
-                    self._refuse_if_cut_short()
-                elif packet.size == 0:  # AVI: "the picture stays"; decoding it would end the stream
-                    continue
-                else:
-                    self._reached_s = max(self._reached_s, _end_s(packet, self._tick))
+        with _refusing_damage(self._path):
+            for packet in self._packets():
+                if packet.size:
                     self._skim_or_decode(packet)
                 try:
                     with stage("decode"):
                         frames = self._stream.decode(packet)
                 except av.error.InvalidDataError:
+                    if self._lacks_pictures():
+                        raise self._cut_short() from None
                     if started or self._is_own_end:
                         raise
                     continue  # recordings begin anywhere; pictures come with the first keyframe
@@ -160,8 +244,22 @@ class PyavVideo:
                     if frame.is_corrupt:  # patched up by the decoder, and what refers to it is too
                         raise VideoError(self._path, "damaged: a picture cannot be decoded")
                     yield frame
-        except av.FFmpegError as error:
-            raise VideoError(self._path, f"damaged or cut short ({error.strerror})") from error
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """The pictures as coded, from where the container stands; one of 0 bytes ends them."""
+        for packet in each("demux", self._container.demux()):
+            is_last = packet.size == 0 and packet.dts is None
+            if packet.stream.index != self._stream.index:
+                if not self._is_own_end and not is_last:
+                    self._reached_s = max(self._reached_s, _end_s(packet, _tick(packet)))
+                continue
+            if is_last:
+                self._refuse_if_cut_short()
+            elif packet.size == 0:  # AVI: "the picture stays"; decoding it would end the stream
+                continue
+            else:
+                self._reached_s = max(self._reached_s, _end_s(packet, self._tick))
+            yield packet
 
     def _skim_or_decode(self, packet: av.Packet) -> None:
         """Let the decoder drop a frame long before the wanted time if no other refers to it.
@@ -185,13 +283,17 @@ class PyavVideo:
         last on screen.
         """
         slack_s = 0.5 / _fps(self._stream) if self._is_own_end else 1.0
+        if self._lacks_pictures() or self._reached_s + slack_s < self._stated_end_s:
+            raise self._cut_short()
+
+    def _lacks_pictures(self) -> bool:
+        """Whether the file ends before a picture that its index tells of."""
         index = self._stream.index_entries
-        is_behind_the_end = len(index) > 0 and index[-1].pos + index[-1].size > self._container.size
-        if is_behind_the_end or self._reached_s + slack_s < self._stated_end_s:
-            raise VideoError(
-                self._path,
-                f"cut short: its data ends before the {self._stated_end_s:.2f} s that it states",
-            )
+        return len(index) > 0 and index[-1].pos + index[-1].size > self._container.size
+
+    def _cut_short(self) -> VideoError:
+        reason = f"cut short: its data ends before the {self._stated_end_s:.2f} s that it states"
+        return VideoError(self._path, reason, kind="truncated")
 
     def _frame_at(self, time_s: float) -> av.VideoFrame:
         """The frame on screen at a time not before that of the previous call."""
@@ -211,7 +313,7 @@ class PyavVideo:
         """Decode until the frame on screen is the last one at or before `time_s`."""
         while True:
             self._following = self._following or next(self._frames, None)
-            if self._following is None or self._time_s(self._following) > time_s + _TIME_SLACK_S:
+            if self._following is None or self._time_s(self._following) > time_s + TIME_SLACK_S:
                 return
             if self._pts(self._following) < self._pts(self._on_screen):
                 raise VideoError(
@@ -242,14 +344,14 @@ class PyavVideo:
                 pass  # some containers end up behind their last frame, or cannot seek at all
             back_s = max(1.0, 2 * back_s)
         self._container.close()
-        self._container, self._stream = _open(self._path)
+        self._container, self._stream = _open(self._path, self._content)
         self._on_screen, self._following = self._start(), None
 
     def _is_at_keyframe_before(self, time_s: float) -> bool:
         """After a seek: put the first keyframe on screen, if it is shown early enough."""
         self._frames = self._decode()
         for frame in self._frames:
-            if self._time_s(frame) > time_s + _TIME_SLACK_S:
+            if self._time_s(frame) > time_s + TIME_SLACK_S:
                 return False  # containers index by decoding time
             # Frames shown before the keyframe may refer to ones before it, and be broken.
             if frame.key_frame:
@@ -260,16 +362,11 @@ class PyavVideo:
     def _picture(self, frame: av.VideoFrame, framing: Framing) -> npt.NDArray[np.uint8]:
         """The upright RGB picture (H, W, 3) of a frame, as `framing` says."""
         width, height = _upright_size(frame)
-        top, left, bottom, right = framing.box(width, height)
-        rows, columns = pixel_span(top, bottom, height), pixel_span(left, right, width)
-        turns = _quarter_turns(frame)
-        for _ in range(turns):  # from the upright picture back to the stored one
-            rows, columns = columns, (height - rows[1], height - rows[0])
-            height, width = width, height
+        turns = quarter_turns(frame)
+        rows, columns = framing.spans(width, height, quarter_turns=turns)
         # Cut, then scale and convert in one pass: the other way round, pixels of the scaled picture
         # would be too coarse to cut at, and a small part would scale up all the rest.
-        side = framing.side
-        has_alpha = any(component.is_alpha for component in frame.format.components)
+        side, has_alpha = framing.side, _has_alpha(frame)
         colours = "rgba" if has_alpha else "rgb24"
         try:
             part = self._cut(frame, rows, columns)
@@ -279,7 +376,7 @@ class PyavVideo:
         except av.FFmpegError as error:
             reason = f"its pictures ({frame.format.name}) cannot be converted ({error.strerror})"
             raise VideoError(self._path, reason) from error
-        rgb = _over_white(scaled) if has_alpha else scaled.astype(np.uint8, copy=False)
+        rgb = over_white(scaled) if has_alpha else scaled.astype(np.uint8, copy=False)
         return np.rot90(rgb, turns)
 
     def _cut(
@@ -293,8 +390,8 @@ class PyavVideo:
         size = columns[1] - columns[0], rows[1] - rows[0]
         if size == (frame.width, frame.height):
             return frame
-        is_subsampled = (frame.format.chroma_width(2), frame.format.chroma_height(2)) != (2, 2)
-        x, y = (start - start % 2 if is_subsampled else start for start in (columns[0], rows[0]))
+        step = 2 if _is_subsampled(frame) else 1
+        x, y = (start - start % step for start in (columns[0], rows[0]))
         key = (frame.width, frame.height, frame.format.name, size, x, y)
         if key != self._cutter_key:
             self._cutter_key, self._cutter = key, Graph()
@@ -321,7 +418,7 @@ class PyavVideo:
         return ticks * self._tick.numerator / self._tick.denominator
 
     def _to_pts(self, time_s: float) -> int:
-        return self._origin_pts + math.floor((time_s + _TIME_SLACK_S) / self._tick)
+        return self._origin_pts + math.floor((time_s + TIME_SLACK_S) / self._tick)
 
     def _describe(self) -> VideoInfo:
         stream = self._stream
@@ -340,31 +437,56 @@ class PyavVideo:
         )
 
 
-def _open(path: Path) -> tuple[InputContainer, VideoStream]:
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    """What FFmpeg stumbles over inside is a VideoError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise VideoError(path, f"damaged or cut short ({error.strerror})") from error
+
+
+def _open(path: Path, content: bytes | None) -> tuple[InputContainer, VideoStream]:
     try:
         # "file:" keeps a name like "http:x" from being taken for an address, and a playlist that
         # claims to be an mp4 from reaching for anything but local files.
         with stage("read"):
-            container = av.open(f"file:{path}", **_OPEN_OPTIONS)
+            if content is None:
+                container = av.open(f"file:{path}", **_OPEN_OPTIONS)
+            else:
+                file = io.BytesIO(content)  # which copies nothing
+                container = av.open(file, options=_NOTHING_ELSE, **_OPEN_OPTIONS)
     except (av.error.InvalidDataError, av.error.EOFError) as error:
         reason = "not a video that FFmpeg can read, or its head or end is missing"
-        raise VideoError(path, reason) from error
+        kind: FaultKind = "truncated" if _begins_as_mp4(path, content) else "not a video"
+        raise VideoError(path, reason, kind=kind) from error
     except av.FFmpegError as error:
-        raise VideoError(path, f"cannot be opened ({error.strerror})") from error
+        reason = f"cannot be opened ({error.strerror})"
+        raise VideoError(path, reason, kind="not readable") from error
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a song
         container.close()
-        raise VideoError(path, "has no video in it")
+        raise VideoError(path, "has no video in it", kind="not a video")
     if stream.codec_context is None:
         container.close()
         raise VideoError(path, "its video is coded in a way that this FFmpeg cannot decode")
     return container, stream
 
 
-def _stated_end(path: Path, container: InputContainer, stream: VideoStream) -> tuple[float, bool]:
+def _begins_as_mp4(path: Path, content: bytes | None) -> bool:
+    """Whether these are the first bytes of an mp4: its table of contents may be at the end."""
+    if content is None:
+        with path.open("rb") as file:
+            content = file.read(8)
+    return content[4:8] == b"ftyp"
+
+
+def _stated_end(
+    path: Path, content: bytes | None, container: InputContainer, stream: VideoStream
+) -> tuple[float, bool]:
     """Where the video ends by the file's own account, on its clock; is it the video track's own?"""
     if container.duration is None or container.format.name == _PROGRAM_STREAM:
-        return _scanned_end_s(path), False
+        return _scanned_end_s(path, content), False
     if stream.duration is not None:
         end = (stream.start_time or 0) + stream.duration
         # Where frames are not counted (transport streams), the duration is an estimate.
@@ -379,9 +501,9 @@ def _stated_end(path: Path, container: InputContainer, stream: VideoStream) -> t
     return (own_end_s, True) if 0 < own_end_s <= end_s + 1.0 else (end_s, False)
 
 
-def _scanned_end_s(path: Path) -> float:
+def _scanned_end_s(path: Path, content: bytes | None) -> float:
     """Where the video ends, on its clock, from reading all of it without decoding."""
-    container, stream = _open(path)
+    container, stream = _open(path, content)
     with container, stage("read"):
         tick = _tick(stream)
         return max((_end_s(packet, tick) for packet in container.demux(stream)), default=0.0)
@@ -395,6 +517,25 @@ def _end_s(packet: av.Packet, tick: Fraction) -> float:
     return (shown + (packet.duration or 0)) * tick.numerator / tick.denominator
 
 
+def _starts_anew(keyframe: av.Packet, stream: VideoStream) -> bool:
+    """Whether decoding can begin at a keyframe: in H.264 it may only begin to refresh the picture.
+
+    A packet is a row of units, each after its length or (without an avcC box) a mark; the low five
+    bits of its first byte say what it is.
+    """
+    if stream.codec_context.name != "h264":
+        return True
+    data, head = bytes(keyframe), stream.codec_context.extradata or b""
+    if head[:1] != b"\x01":
+        return any(unit[0] & 31 == _H264_NEW_START for unit in data.split(b"\0\0\1")[1:] if unit)
+    size_bytes, at = (head[4] & 3) + 1, 0
+    while at + size_bytes < len(data):
+        if data[at + size_bytes] & 31 == _H264_NEW_START:
+            return True
+        at += size_bytes + int.from_bytes(data[at : at + size_bytes], "big")
+    return False
+
+
 def _tick(timed: VideoStream | av.Packet) -> Fraction:
     """The unit of times in seconds. PyAV 19 has its own class of fractions."""
     assert timed.time_base is not None
@@ -406,13 +547,22 @@ def _fps(stream: VideoStream) -> float:
     return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _over_white(picture_HWC: np.ndarray) -> npt.NDArray[np.uint8]:
+def _is_subsampled(frame: av.VideoFrame) -> bool:
+    """Whether a sample of colour is that of two pixels in a row or a column."""
+    return (frame.format.chroma_width(2), frame.format.chroma_height(2)) != (2, 2)
+
+
+def _has_alpha(frame: av.VideoFrame) -> bool:
+    return any(component.is_alpha for component in frame.format.components)
+
+
+def over_white(picture_HWC: np.ndarray) -> npt.NDArray[np.uint8]:
     """RGBA laid over white, as stills are: RGB."""
     alpha_HW1 = picture_HWC[..., 3:].astype(np.float32) / 255
     return np.rint(255 - (255 - picture_HWC[..., :3]) * alpha_HW1).astype(np.uint8)
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
+def quarter_turns(frame: av.VideoFrame) -> int:
     """Counterclockwise quarter turns (0 to 3) that set a frame upright: phones store sideways.
 
     Mirroring in the display matrix is left out, as is the shape of pixels.
@@ -422,5 +572,5 @@ def _quarter_turns(frame: av.VideoFrame) -> int:
 
 def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     """(width, height) in pixels after rotation."""
-    is_sideways = _quarter_turns(frame) % 2 == 1
+    is_sideways = quarter_turns(frame) % 2 == 1
     return (frame.height, frame.width) if is_sideways else (frame.width, frame.height)
