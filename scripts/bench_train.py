@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fluxclip.data.loader import Batch, Step
+from fluxclip.data.batch import Batch, Step
 from fluxclip.model import weights
 from fluxclip.model.presets import FluxCLIPConfig, TextConfig, VideoTowerConfig, preset
 from fluxclip.tokens.budget import Draw, GridTable

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fluxclip import load_model
-from fluxclip.data.loader import Augment, Source, Steps, steps
+from fluxclip.data.loader import Augment, Source, Steps
 from fluxclip.data.sources.annotations import read
+from fluxclip.data.workers import steps
 from fluxclip.model.attention import Segments, attend
 from fluxclip.model.presets import preset
 from fluxclip.model.video_tower import VideoTower

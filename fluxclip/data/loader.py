@@ -7,9 +7,8 @@ Shape legend: B clips, T frames, H W pixels.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Literal, NamedTuple
@@ -21,17 +20,17 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from fluxclip import plugins, stages
+from fluxclip.data.batch import Batch, Step, mixed
 from fluxclip.data.faults import HOPELESS, Fault, fault_of
 from fluxclip.data.order import grouped_epoch, place_in_epoch
 from fluxclip.data.sources import Records
 from fluxclip.data.teacher import TeacherFeatures
-from fluxclip.data.workers import Workers
 from fluxclip.settings import settings
 from fluxclip.tokens.budget import Draw, FluxSampling
 from fluxclip.video import Clip, VideoInfo
 from fluxclip.video.framing import pixel_span
 from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
-from fluxclip.video.transforms import flip, resize, to_float
+from fluxclip.video.transforms import flip, resize
 
 # words that a mirrored picture would turn into a lie
 _SIDED = re.compile(r"\b(left|right)(wards?)?\b|\b(anti|counter)?clockwise\b", re.IGNORECASE)
@@ -97,82 +96,6 @@ class Source:
                 decoder=self.decoder,
             )  # fmt: skip
         return self._cache[index]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs of one step whose clips have equal shapes.
-
-    frames_BTHWC: uint8 0-255. captions: one per clip. names: the first caption of each record:
-    pairs of equal name show the same thing, so they are no negatives of each other.
-    places: where each stands in the step, a number that no other pair of it has.
-    teacher_BLC: float16, what a teacher's features are at each of the L tokens, if there is one.
-    """
-
-    frames_BTHWC: Tensor
-    captions: tuple[str, ...]
-    names: tuple[str, ...]
-    places: tuple[int, ...]
-    teacher_BLC: Tensor | None = None
-
-    def pin_memory(self) -> "Batch":
-        """Tensors where a GPU can fetch them while the CPU goes on."""
-        teacher = None if self.teacher_BLC is None else self.teacher_BLC.pin_memory()
-        return replace(self, frames_BTHWC=self.frames_BTHWC.pin_memory(), teacher_BLC=teacher)
-
-    def split(self, pieces: int) -> list["Batch"]:
-        """Consecutive parts, as equal as can be, none of them empty."""
-        spans = [span for span in np.array_split(range(len(self.captions)), pieces) if len(span)]
-        return [
-            Batch(
-                self.frames_BTHWC[s[0] : s[-1] + 1], self.captions[s[0] : s[-1] + 1],
-                self.names[s[0] : s[-1] + 1], self.places[s[0] : s[-1] + 1],
-                None if self.teacher_BLC is None else self.teacher_BLC[s[0] : s[-1] + 1],
-            )
-            for s in spans
-        ]  # fmt: skip
-
-    def to_float(
-        self, device: torch.device, *, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> Tensor:
-        """The frames as normalised float on the device; they travel there as bytes."""
-        with stages.stage("copy"):
-            frames_BTHWC = self.frames_BTHWC.to(device, non_blocking=True)
-        return to_float(frames_BTHWC, mean=mean, std=std)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one training step sees: its draw, and one batch per shape (stills have one frame).
-
-    unreadable: path -> why, of files that another record stood in for. part: which one it is,
-    where a step has been split. seconds: by stage, what it took to make, if `Steps.timed`.
-    """
-
-    number: int
-    draw: Draw
-    batches: tuple[Batch, ...]
-    unreadable: Mapping[str, Fault]
-    part: int = 0
-    seconds: Mapping[stages.Stage, float] = field(default_factory=dict)
-
-    def pin_memory(self) -> "Step":
-        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
-
-    def split(self, pieces: int) -> list["Step"]:
-        """Parts of a step that together have its pairs; fewer where it has fewer pairs."""
-        parts: list[list[Batch]] = [[] for _ in range(pieces)]
-        for batch in self.batches:
-            for part, piece in zip(parts, batch.split(pieces), strict=False):
-                part.append(piece)
-        return [
-            replace(self, batches=tuple(batches), part=number)
-            for number, batches in enumerate(filter(None, parts))
-        ]
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(len(batch.captions) for batch in self.batches)
 
 
 class Sample(NamedTuple):
@@ -381,37 +304,6 @@ def _batch(group: Sequence[tuple[int, Sample]]) -> Batch:
     )
 
 
-def mixed(batch: Batch, *, share: float, patch: int, rng: np.random.Generator) -> Batch:
-    """The batch, `share` of its clips with a box replaced by that of another one; features alike.
-
-    CutMix (arXiv 1905.04899) in whole patches, for learning from a teacher alone, since captions
-    are no longer true: what the teacher says of a place is nearly what it says of the same pixels
-    beside others, so that few clips give many pictures and are not learned by heart. The box is the
-    same in all frames, its area drawn evenly from 0 to 1, cut off where it leaves the picture.
-    A batch without a teacher's features stays as it is.
-    """
-    b, _, height, width, _ = batch.frames_BTHWC.shape
-    if batch.teacher_BLC is None or b == 1:
-        return batch
-    rows, columns = height // patch, width // patch
-    half_B1 = np.sqrt(rng.random((b, 1))) / 2
-    row_B1, column_B1 = rng.random((b, 1)) * rows, rng.random((b, 1)) * columns
-    in_row_BR = np.abs(np.arange(rows) + 0.5 - row_B1) < half_B1 * rows
-    in_column_BC = np.abs(np.arange(columns) + 0.5 - column_B1) < half_B1 * columns
-    taken_B11 = (rng.random(b) < share)[:, None, None]
-    box_BRC = torch.from_numpy(taken_B11 & in_row_BR[:, :, None] & in_column_BC[:, None])
-    pixels_BHW = box_BRC.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-    steps = batch.teacher_BLC.shape[1] // (rows * columns)
-    tokens_BL = box_BRC.flatten(1).repeat(1, steps)
-    other_B = (torch.arange(b) + int(rng.integers(1, b))) % b
-    frames, teacher = batch.frames_BTHWC, batch.teacher_BLC
-    return replace(
-        batch,
-        frames_BTHWC=torch.where(pixels_BHW[:, None, :, :, None], frames[other_B], frames),
-        teacher_BLC=torch.where(tokens_BL[..., None], teacher[other_B], teacher),
-    )
-
-
 def _at_middles(
     start_s: float, end_s: float, num_frames: int, rng: np.random.Generator
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -424,45 +316,3 @@ def _unwatched(source: int, record: int) -> AbstractContextManager[object]:
 
 def _says_side(captions: Sequence[str]) -> bool:
     return any(_SIDED.search(caption) for caption in captions)
-
-
-def steps(
-    dataset: Steps, *, start: int, stop: int, workers: int, timeout_s: float = 60.0
-) -> Iterator[Step]:
-    """Steps `start` to `stop` in order, prepared ahead by worker processes if there are any.
-
-    timeout_s: most time that a worker may take to read one file; then the file is given up, as is
-    one that crashes it, and `dataset.hopeless` has it. Without workers nothing cuts a file off.
-    Caches live in one process, so sources that cache are read in this one. Raises ChildProcessError
-    if a worker ends for another reason.
-    """
-    numbers = range(start, stop)
-    if any(source.cache_frames for source in dataset.sources):
-        workers = 0
-    with ExitStack() as closing:
-        made: Iterator[Step] = map(dataset.__getitem__, numbers)
-        if workers:
-            ahead = Workers(dataset, numbers, count=workers, timeout_s=timeout_s)
-            made = iter(closing.enter_context(ahead))
-        if torch.cuda.is_available():
-            made = _pinned_ahead(made) if workers else map(Step.pin_memory, made)
-        yield from made
-
-
-def _pinned_ahead(made: Iterator[Step]) -> Iterator[Step]:
-    """The steps where a GPU can fetch them; the next one is copied there meanwhile."""
-    # a thread has a device of its own, and would take memory of the first one
-    device = torch.cuda.current_device()
-    thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
-
-    def fetch() -> Step | None:
-        step = next(made, None)
-        return step and step.pin_memory()
-
-    try:
-        coming = thread.submit(fetch)
-        while step := coming.result():
-            coming = thread.submit(fetch)
-            yield step
-    finally:
-        thread.shutdown(wait=False, cancel_futures=True)  # it ends with the workers

@@ -13,26 +13,68 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.multiprocessing
 
+from fluxclip.data.batch import Step
 from fluxclip.data.faults import Fault
-
-if TYPE_CHECKING:
-    from fluxclip.data.loader import Step, Steps
+from fluxclip.data.loader import Steps
 
 AHEAD = 2  # steps of each worker that wait to be fetched or are being made
 MOST_LOST = 10  # files in a row that end a worker: then it is not the files
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _NOTHING = -1  # in place of a record's number: the worker reads no file
 _STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def steps(
+    dataset: Steps, *, start: int, stop: int, workers: int, timeout_s: float = 60.0
+) -> Iterator[Step]:
+    """Steps `start` to `stop` in order, prepared ahead by worker processes if there are any.
+
+    timeout_s: most time that a worker may take to read one file; then the file is given up, as is
+    one that crashes it, and `dataset.hopeless` has it. Without workers nothing cuts a file off.
+    Caches live in one process, so sources that cache are read in this one. Raises ChildProcessError
+    if a worker ends for another reason.
+    """
+    numbers = range(start, stop)
+    if any(source.cache_frames for source in dataset.sources):
+        workers = 0
+    with ExitStack() as closing:
+        made: Iterator[Step] = map(dataset.__getitem__, numbers)
+        if workers:
+            ahead = Workers(dataset, numbers, count=workers, timeout_s=timeout_s)
+            made = iter(closing.enter_context(ahead))
+        if torch.cuda.is_available():
+            made = _pinned_ahead(made) if workers else map(Step.pin_memory, made)
+        yield from made
+
+
+def _pinned_ahead(made: Iterator[Step]) -> Iterator[Step]:
+    """The steps where a GPU can fetch them; the next one is copied there meanwhile."""
+    # a thread has a device of its own, and would take memory of the first one
+    device = torch.cuda.current_device()
+    thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+
+    def fetch() -> Step | None:
+        step = next(made, None)
+        return step and step.pin_memory()
+
+    try:
+        coming = thread.submit(fetch)
+        while step := coming.result():
+            coming = thread.submit(fetch)
+            yield step
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)  # it ends with the workers
 
 
 class Workers:
@@ -42,7 +84,7 @@ class Workers:
     ChildProcessError if a worker was ended for want of memory, or by too many files in a row.
     """
 
-    def __init__(self, data: "Steps", numbers: range, *, count: int, timeout_s: float) -> None:
+    def __init__(self, data: Steps, numbers: range, *, count: int, timeout_s: float) -> None:
         self._data, self._numbers, self._timeout_s = data, numbers, timeout_s
         self._count = min(count, len(numbers))
         self._workers: list[_Worker] = []
@@ -60,7 +102,7 @@ class Workers:
         atexit.unregister(self.close)
         self.close()
 
-    def __iter__(self) -> "Iterator[Step]":
+    def __iter__(self) -> Iterator[Step]:
         count = self._count
         for turn, number in enumerate(self._numbers[: AHEAD * count]):
             self._workers[turn % count].ask(number)
@@ -80,7 +122,7 @@ class Workers:
 class _Worker:
     """A process that makes steps, and another in its place if a file ends it."""
 
-    def __init__(self, data: "Steps", timeout_s: float) -> None:
+    def __init__(self, data: Steps, timeout_s: float) -> None:
         self._data, self._timeout_s = data, timeout_s
         self._asked: deque[int] = deque()
         self._lost = 0  # processes, since the last step came
@@ -112,7 +154,7 @@ class _Worker:
             self._pipe.send((number, None if hopeless is self._told else hopeless))
         self._told = hopeless
 
-    def fetch(self) -> "Step":
+    def fetch(self) -> Step:
         """The step asked for first of those not fetched yet."""
         while True:
             try:
@@ -171,7 +213,7 @@ class _Worker:
             self._process.join()
 
 
-def _work(data: "Steps", pipe: Connection, reading: Any, timeout_s: float) -> None:
+def _work(data: Steps, pipe: Connection, reading: Any, timeout_s: float) -> None:
     """What a worker does: steps by their numbers, until nobody asks for more."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxclip import distributed, plugins
-from fluxclip.data.loader import Batch, Source, Step
+from fluxclip.data.batch import Batch, Step
+from fluxclip.data.loader import Source
 from fluxclip.model.fluxclip import FluxCLIP, View
 from fluxclip.tokens.draws import Draws
 from fluxclip.training.distillation import Distillation

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fluxclip.data.loader import Step
+from fluxclip.data.batch import Step
 from fluxclip.stages import stage
 from fluxclip.training.forward import Features, Forward, Parts
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from fluxclip import distributed, plugins
-from fluxclip.data import loader, sources
+from fluxclip.data import loader, sources, workers
 from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.training import engines, optimizer, wandb_log
 from fluxclip.training import recipe as recipes
@@ -126,7 +126,7 @@ def _run(
         if start:
             monitor.say(f"resumed after step {start} of {o.steps}")
         saved_s = monitor.seconds
-        steps = loader.steps(
+        steps = workers.steps(
             data, start=start, stop=o.steps, workers=recipe.workers,
             timeout_s=recipe.decode_timeout_s,
         )  # fmt: skip

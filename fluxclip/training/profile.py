@@ -7,8 +7,8 @@ from itertools import islice
 import torch
 
 from fluxclip import distributed, stages
-from fluxclip.data import loader
-from fluxclip.data.loader import Step
+from fluxclip.data import loader, workers
+from fluxclip.data.batch import Step
 from fluxclip.stages import Stage
 from fluxclip.tokens.budget import Draw
 from fluxclip.training import engines, optimizer
@@ -150,7 +150,7 @@ def _measure(
         with stages.stage("step"):
             engine.step_down(lr=lr)
 
-    steps = loader.steps(
+    steps = workers.steps(
         data, start=0, stop=2 * (warm_up + count), workers=recipe.workers,
         timeout_s=recipe.decode_timeout_s,
     )  # fmt: skip

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluxclip import distributed
+from fluxclip.data.batch import Step
 from fluxclip.data.faults import Fault
-from fluxclip.data.loader import Step, Steps
+from fluxclip.data.loader import Steps
 from fluxclip.training.checkpoint import writing
 from fluxclip.training.monitor import cut_back
 

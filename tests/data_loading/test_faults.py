@@ -18,10 +18,12 @@ import torch
 from faulty_source import FaultyRecords
 
 from fluxclip.data import workers as pool
+from fluxclip.data.batch import Step
 from fluxclip.data.faults import Fault
-from fluxclip.data.loader import Augment, Source, Step, Steps, steps
+from fluxclip.data.loader import Augment, Source, Steps
 from fluxclip.data.sources import Record, Records
 from fluxclip.data.sources.annotations import read
+from fluxclip.data.workers import steps
 from fluxclip.tokens.budget import FluxSampling
 from fluxclip.video import Clip, read_clip
 
@@ -253,7 +255,8 @@ def test_workers_end_with_a_run_that_is_killed(emoji: Path, tmp_path: Path) -> N
         from pathlib import Path
         from faulty_source import FaultyRecords
         from test_faults import SAMPLING
-        from fluxclip.data.loader import Augment, Source, Steps, steps
+        from fluxclip.data.loader import Augment, Source, Steps
+        from fluxclip.data.workers import steps
         from fluxclip.data.sources import Record
         if __name__ == "__main__":
             import multiprocessing, threading, time

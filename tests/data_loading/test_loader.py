@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fluxclip.data.loader import Augment, Batch, Source, Steps, _says_side, mixed, steps
+from fluxclip.data.batch import Batch, mixed
+from fluxclip.data.loader import Augment, Source, Steps, _says_side
 from fluxclip.data.sources import Record, Records
 from fluxclip.data.sources.annotations import read
+from fluxclip.data.workers import steps
 from fluxclip.tokens.budget import FluxSampling
 from fluxclip.video import read_clip
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fluxclip.data import sources
-from fluxclip.data.loader import Augment, Source, Step, Steps, steps
+from fluxclip.data.batch import Step
+from fluxclip.data.loader import Augment, Source, Steps
 from fluxclip.data.sources import Records, annotations
+from fluxclip.data.workers import steps
 from fluxclip.tokens.budget import FluxSampling
 
 SAMPLING = FluxSampling((2, 4, 1), (28, 56, 28), (4, 64), (16, 8))

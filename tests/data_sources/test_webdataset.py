@@ -24,9 +24,10 @@ import pytest
 import torch
 
 from fluxclip.data import remote, shards
-from fluxclip.data.loader import Augment, Source, Steps, steps
+from fluxclip.data.loader import Augment, Source, Steps
 from fluxclip.data.order import Groups, place_in_epoch
 from fluxclip.data.sources import Records, annotations, webdataset
+from fluxclip.data.workers import steps
 from fluxclip.tokens.budget import FluxSampling
 from fluxclip.video import VideoError, probe
 

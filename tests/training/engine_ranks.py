@@ -19,6 +19,7 @@ from small_run import read, small_run
 from torch import Tensor
 
 from fluxclip.data import loader
+from fluxclip.data.batch import Step
 from fluxclip.training import engines, optimizer
 from fluxclip.training.engines.deepspeed import deepspeed  # noqa: F401  see main
 from fluxclip.training.engines.plain import Plain
@@ -72,7 +73,7 @@ def run(forward: Forward, engine: Any, data: loader.Steps, first: int, found: di
     return losses
 
 
-def without_a_step(forward: Forward, engine: Any, step: loader.Step) -> bool:
+def without_a_step(forward: Forward, engine: Any, step: Step) -> bool:
     """Whether a step whose loss is no number leaves no trace, neither taken nor left out."""
     before = copy(engine)
     scale = forward.model.log_scale
@@ -96,7 +97,7 @@ def without_a_step(forward: Forward, engine: Any, step: loader.Step) -> bool:
     return all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def scale_after_the_clamp(forward: Forward, engine: Any, step: loader.Step) -> float:
+def scale_after_the_clamp(forward: Forward, engine: Any, step: Step) -> float:
     """The temperature when it was pushed against its end for some steps, then back."""
     scale = forward.model.log_scale
     is_plain = isinstance(engine, Plain)

@@ -8,7 +8,7 @@ from small_run import QUIET, metrics, read
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fluxclip.data.loader import Step
+from fluxclip.data.batch import Step
 from fluxclip.text.encoders import sentencepiece_transformer
 from fluxclip.training import gradient_cache
 from fluxclip.training.flops import matrix_peak, passes

@@ -9,7 +9,7 @@ from small_run import QUIET, metrics, read
 from torch import Tensor
 
 from fluxclip import load_model
-from fluxclip.data.loader import Step
+from fluxclip.data.batch import Step
 from fluxclip.model import weights
 from fluxclip.model.fluxclip import FluxCLIP
 from fluxclip.text import tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_run import QUIET, metrics, read
 
-from fluxclip.data.loader import Step
+from fluxclip.data.batch import Step
 from fluxclip.training import gradient_cache
 from fluxclip.training.forward import Forward
 from fluxclip.training.loop import dataset, train

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from small_run import QUIET, metrics, read
 
+from fluxclip.data.batch import Step
 from fluxclip.data.faults import Fault
-from fluxclip.data.loader import Step, Steps
+from fluxclip.data.loader import Steps
 from fluxclip.training import checkpoint
 from fluxclip.training.loop import dataset, train
 from fluxclip.training.unreadable import UnreadableFiles

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from fluxclip import plugins
-from fluxclip.data.loader import Step
+from fluxclip.data.batch import Step
 
 if TYPE_CHECKING:
     from fluxclip.training.forward import Forward

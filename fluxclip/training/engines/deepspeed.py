@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxclip import distributed
-from fluxclip.data.loader import Step
+from fluxclip.data.batch import Step
 from fluxclip.training import gradient_cache, optimizer
 from fluxclip.training.forward import Forward
 from fluxclip.training.recipe import Recipe
