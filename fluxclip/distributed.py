@@ -5,7 +5,6 @@ many there are; started alone it is the only one, and nothing here costs anythin
 """
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ T = TypeVar("T")
 
 # the fastest process waits for the slowest: in evaluation at the end, in training at every step
 _BACKENDS = "cpu:gloo,cuda:nccl"
+_joined_alone: list[bool] = []  # filled while there is a group of `join_alone`
 _TIMEOUT = {"cpu": timedelta(hours=12), "device": timedelta(minutes=30)}
 
 
@@ -101,15 +101,16 @@ def join_alone() -> None:
         if not dist.is_initialized():
             backend = _BACKENDS if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            _joined_alone.append(True)
 
 
 def _leave_alone() -> None:
-    """Undo `join_alone`, if it was called."""
-    if "torch" in sys.modules:
+    """Undo `join_alone`, if it was called; a group that somebody else made stays."""
+    if _joined_alone:
         import torch.distributed as dist
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _joined_alone.clear()
+        dist.destroy_process_group()
 
 
 def _refuse_shared_gpus() -> None:

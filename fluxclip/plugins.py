@@ -2,6 +2,7 @@
 
 import difflib
 import pkgutil
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -35,6 +36,9 @@ def load(package: str, name: str) -> ModuleType:
                 f"cannot import {kind} {name!r}: {_cause(error)}; a dotted name must be a module "
                 "that Python finds (is its folder on PYTHONPATH?)"
             ) from error
+    # loaded before: reading clips asks for its decoder each time, and need not list the folder
+    if loaded := sys.modules.get(f"{package}.{name}"):
+        return loaded
     known = available(package)
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1)

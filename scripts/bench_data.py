@@ -10,10 +10,15 @@ a ratio is the median of the rounds' ratios.
 
 1. readers: CPU seconds per clip, bytes read, and how near its frames are to those of every frame
    decoded in turn: mean difference in grey levels, and PSNR.
-2. chunks: our reader on the same films as `fluxclip chunk` writes them, against whole files.
+2. chunks: our reader on the same films as `fluxclip chunk` writes them, against whole files; also
+   for clips of four frames of four seconds, the mean of some that begin all over the film.
 3. crop: a part cut out and scaled by the decoder, against whole pictures first and then cut and
    scaled, eight frames in a row after a keyframe, of 720 and of 288 rows.
-4. stages: where our reader's time goes.
+4. stages: where our reader's time goes. `fluxclip train --profile` says it of a run, with what
+   comes after reading and the share of its time that a step waits for data.
+
+That frames are the right ones is checked: ours are equal to those of every frame decoded in turn,
+and those of chunks are on screen at the same times; else it ends with an error.
 
 torchcodec and decord are left out where they are not installed.
 """
@@ -46,6 +51,7 @@ from fluxclip.video.framing import Framing, pixel_span
 ROOT = Path(__file__).resolve().parent.parent
 FILMS = {name: ROOT / "assets/film" / f"film_{name}.mp4" for name in ("360p", "720p")}
 FRAMES, SIDE = 8, 224
+SHORT_CLIPS, SHORT_FRAMES, SHORT_S = 8, 4, 4.0
 BOX = (0.1, 0.2, 0.7, 0.6)
 Read = Callable[[Path, np.ndarray], np.ndarray]
 Key = TypeVar("Key")
@@ -91,6 +97,10 @@ class Film:
         info = probe(path)
         self.name, self.path = name, path
         self.times_s = evenly_spread(0, info.duration_s, FRAMES)
+        self.short_clips_s = [
+            evenly_spread(start_s, start_s + SHORT_S, SHORT_FRAMES)
+            for start_s in evenly_spread(0, info.duration_s - SHORT_S, SHORT_CLIPS)
+        ]
         # every frame asked for, so that none is left out and nothing sought
         numbers = np.floor(self.times_s * info.fps + 1e-6).astype(int)
         every_s = (np.arange(numbers[-1] + 1) + 0.5) / info.fps
@@ -101,6 +111,8 @@ def compare_readers(film: Film, repeats: int) -> list[dict[str, Any]]:
     """Every reader on a whole film, against our reader with its default decoder."""
     readers = usable_readers()
     runs = {key: partial(read, film.path, film.times_s) for key, read in readers.items()}
+    if not np.array_equal(runs["pyav"](), film.frames_THWC):
+        raise SystemExit(f"{film.path}: pyav's frames are not those of every frame in turn")
     seconds = in_turn(runs, repeats)
     rows: list[dict[str, Any]] = [
         {
@@ -116,19 +128,37 @@ def compare_readers(film: Film, repeats: int) -> list[dict[str, Any]]:
 
 
 def compare_chunks(film: Film, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Our reader on a film and on its chunks: the same frames."""
-    read = ours("pyav")
-    runs = {path: partial(read, path, film.times_s) for path in (film.path, folder)}
-    seconds = in_turn(runs, repeats)
-    return [
-        {
-            "part": "chunks", "what": "pyav", "of": f"{film.name} in chunks",
-            "cpu_seconds": statistics.median(seconds[folder]),
-            "times": ratio(seconds[film.path], seconds[folder]),
-            "bytes_read": bytes_read(runs[folder]),
-            **likeness(runs[folder](), film.frames_THWC), "stages": by_stage(runs[folder]),
-        }
-    ]  # fmt: skip
+    """Our reader on a film and on its chunks: the same frames, of all of it and of short clips."""
+    rows: list[dict[str, Any]] = []
+    for what, clips_s in (
+        (f"{FRAMES} frames of all", [film.times_s]),
+        (f"{SHORT_FRAMES} frames of {SHORT_S:g} s", film.short_clips_s),
+    ):
+        runs = {path: partial(read_all, path, clips_s) for path in (film.path, folder)}
+        (of_film, film_s), (of_chunks, chunks_s) = runs[film.path](), runs[folder]()
+        if not np.array_equal(film_s, chunks_s):
+            raise SystemExit(f"{film.path}: its chunks give frames of other times")
+        seconds, count = in_turn(runs, repeats), len(clips_s)
+        for path, frames, name in ((film.path, of_film, "film"), (folder, of_chunks, "chunks")):
+            spent, read = by_stage(runs[path]), bytes_read(runs[path])
+            rows.append(
+                {
+                    "part": "chunks", "what": what, "of": f"{film.name}, {name}",
+                    "cpu_seconds": statistics.median(seconds[path]) / count,
+                    "times": ratio(seconds[film.path], seconds[path]),
+                    "bytes_read": None if read is None else read / count,
+                    **likeness(frames, of_film),
+                    "stages": {key: value / count for key, value in spent.items()},
+                }
+            )  # fmt: skip
+    return rows
+
+
+def read_all(path: Path, clips_s: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and times of clips, one behind the other."""
+    clips = [read_clip(path, times_s=times_s, side=SIDE) for times_s in clips_s]
+    frames_THWC = np.concatenate([clip.frames_THWC for clip in clips])
+    return frames_THWC, np.concatenate([clip.times_s for clip in clips])
 
 
 def by_stage(run: Callable[[], object]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import date
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -95,15 +95,22 @@ def memory(path: Path, *, workers: int) -> dict[str, float]:
     spawn = multiprocessing.get_context("spawn")
     sampling = FluxSampling((4, 8, 4), (112, 112, 14), (64, 512), (128,))
     data = Steps([Source(read(path, check_files=False), BATCH)], sampling, Augment(), seed=0)
-    barrier, found, processes = spawn.Barrier(workers), [], []
-    receivers = []
+    barrier, found = spawn.Barrier(workers), []
+    processes, receivers = [], []
     for number in range(workers):
         receiver, sender = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=worker, args=(data, number * STEPS, sender, barrier))
+        arguments = (data, number * STEPS, sender, barrier)
+        # those that wait for one that has died end with this process
+        process = spawn.Process(target=worker, args=arguments, daemon=True)
         process.start()
+        sender.close()  # then a worker that dies ends the wait for it
         receivers.append(receiver)
         processes.append(process)
-    found = [receiver.recv() for receiver in receivers]
+    while receivers:
+        wait(receivers)
+        for receiver in [one for one in receivers if one.poll()]:
+            found.append(receiver.recv())
+            receivers.remove(receiver)
     for process in processes:
         process.join()
     return {key: mean(one[key] for one in found) for key in ("private_mb", "proportional_mb")}
@@ -113,6 +120,7 @@ def in_a_process(path: Path) -> Any:
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=opened, args=(path, sender))
     process.start()
+    sender.close()  # then a process that dies ends the wait for it
     found = receiver.recv()
     process.join()
     return found

@@ -42,8 +42,8 @@ def write(
             workers=workers, most_broken=most_broken, progress=advance,
         )  # fmt: skip
     list_failed("skipped", written.skipped)
-    share = len(written.skipped) / (written.records + len(written.skipped))
+    share = written.num_skipped / (written.records + written.num_skipped)
     print(
         f"{output}: {written.records:,} pairs in {written.shards:,} shards, "
-        f"{written.bytes / 1e6:,.1f} MB; {len(written.skipped):,} skipped ({share:.1%})"
+        f"{written.bytes / 1e6:,.1f} MB; {written.num_skipped:,} skipped ({share:.1%})"
     )

@@ -7,6 +7,7 @@ Shape legend: B clips, T frames, H W pixels.
 """
 
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fluxclip import plugins, stages
 from fluxclip.data.batch import Batch, Step, mixed
-from fluxclip.data.faults import HOPELESS, Fault, fault_of
+from fluxclip.data.faults import HOPELESS, Fault, fault_of, lack_of
 from fluxclip.data.order import grouped_epoch, place_in_epoch
 from fluxclip.data.sources import Records
 from fluxclip.data.teacher import TeacherFeatures
@@ -35,8 +36,10 @@ from fluxclip.video.transforms import flip, resize
 # words that a mirrored picture would turn into a lie
 _SIDED = re.compile(r"\b(left|right)(wards?)?\b|\b(anti|counter)?clockwise\b", re.IGNORECASE)
 _INFOS_KEPT = 20_000  # in each worker: half a KB each
-_FILES_COUNTED = 1_000_000  # records among which some of one file are told from others
+_FILES_COUNTED = 100_000  # records among which some of one file are told from others: a second
+_MOST_PASSED = 1_000  # files in a row that a sample passes over: then it is hardly the files
 _MIXING = 1  # keeps what is drawn for boxes apart from what is drawn for samples
+_giving_up = threading.Lock()  # of the module, since steps travel to worker processes
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -96,6 +99,15 @@ class Source:
                 decoder=self.decoder,
             )  # fmt: skip
         return self._cache[index]
+
+
+class View(NamedTuple):
+    """What is drawn of a record: a caption, a box of the picture, a mirror, and when (0-1)."""
+
+    caption: str
+    crop: tuple[float, float, float, float]
+    mirror: bool
+    shares_T: npt.NDArray[np.float64]
 
 
 class Sample(NamedTuple):
@@ -217,32 +229,49 @@ class Steps:
         unreadable: dict[str, Fault],
     ) -> Sample:  # fmt: skip
         """The sample of a record, or of the next one that can be read, drawn by the same seeds."""
-        records, last = self.sources[number].records, None
+        source, last = self.sources[number], None
+        records = source.records
+        passed: set[str] = set()
         for step in range(len(records)):
+            if len(passed) == _MOST_PASSED:
+                break
             at = (index + step) % len(records)
             path = records[at].video
             if fault := self.hopeless.get(str(path)):
                 unreadable[str(path)] = fault
+                passed.add(str(path))
                 continue
             records.fetch(at)
             # anew for each, as what was drawn before a file failed depends on what was known of it
             rng = np.random.default_rng(seeds)
             try:
                 with self.watched(number, at):
-                    return self._sample(self.sources[number], at, rng, draw)
+                    view = self._view(source, at, rng, draw)
+                    frames_THWC = self._frames(source, at, view.shares_T, draw.side, view.crop)
             except Exception as error:  # decoders raise many kinds
+                if lack := lack_of(path, error):
+                    raise lack from error
                 unreadable[str(path)], last = fault_of(path, error), error
+                passed.add(str(path))
+            else:
+                return self._sample(source, at, view, frames_THWC)
         first = records[index].video
         reason = unreadable[str(first)].reason
+        if len(passed) == _MOST_PASSED:
+            raise ValueError(
+                f"{_MOST_PASSED:,} files in a row cannot be read, the first {first}: {reason}; is "
+                f"their disk there? if so, leave them out"
+            ) from last
         raise ValueError(f"no file of a source can be read: {first}: {reason}") from last
 
     def give_up(self, faults: Mapping[str, Fault]) -> None:
         """Pass over those of the files, by path, that hang or crash whoever reads them."""
         hopeless = {path: fault for path, fault in faults.items() if fault.kind in HOPELESS}
-        # another mapping: a thread may be sending this one to a worker
-        self.hopeless = {**self.hopeless, **hopeless}
+        # another mapping: a thread may be sending this one to a worker, or giving up files itself
+        with _giving_up:
+            self.hopeless = {**self.hopeless, **hopeless}
 
-    def _sample(self, source: Source, index: int, rng: np.random.Generator, draw: Draw) -> Sample:
+    def _view(self, source: Source, index: int, rng: np.random.Generator, draw: Draw) -> View:
         record, a = source.records[index], self.augment
         one = source.captions == "one"
         caption = record.captions[rng.integers(len(record.captions)) if one else 0]
@@ -252,19 +281,21 @@ class Steps:
         mirror = a.flip and rng.random() < 0.5 and not _says_side(record.captions)
         spread = random_per_part if a.vary_time else _at_middles
         shares_T = spread(0.0, 1.0, 1 if record.is_still else draw.num_frames, rng)
-        frames = self._frames(source, index, shares_T, draw.side, crop)
-        if mirror:
+        return View(caption, crop, mirror, shares_T)
+
+    def _sample(self, source: Source, index: int, view: View, frames_THWC: Tensor) -> Sample:
+        if view.mirror:
             with stages.stage("crop"):
-                frames = flip(frames[None], torch.tensor([True]))[0]
+                frames_THWC = flip(frames_THWC[None], torch.tensor([True]))[0]
         teacher_LC = None
         if source.teacher:
-            tubelets_T = shares_T[:: self.sampling.tubelet]
-            rows = draw.side // self.sampling.patch
+            tubelets_T = view.shares_T[:: self.sampling.tubelet]
+            rows = frames_THWC.shape[1] // self.sampling.patch
             teacher_TLC = source.teacher.cut(
-                index, shares_T=tubelets_T, crop=crop, rows=rows, mirror=mirror
+                index, shares_T=tubelets_T, crop=view.crop, rows=rows, mirror=view.mirror
             )
             teacher_LC = teacher_TLC.flatten(0, 1)
-        return Sample(frames, caption, record.captions[0], teacher_LC)
+        return Sample(frames_THWC, view.caption, source.records[index].captions[0], teacher_LC)
 
     def _frames(
         self, source: Source, index: int, shares_T: npt.NDArray[np.float64], side: int,

@@ -16,10 +16,11 @@ from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from fluxclip.data.sources import cache_folder
+from fluxclip.data.sources._prepared import writing
 
 CACHE_GB = 50.0  # of shards, unless FLUXCLIP_CACHE_GB says otherwise
 TIMEOUT_S = 30.0  # without a byte
@@ -70,7 +71,7 @@ def small(url: str) -> bytes:
     """A file's content, in memory. Raises Unreachable."""
 
     def ask() -> bytes:
-        with _opened(url) as answer:
+        with _opened(url) as answer, _asking():
             return answer.read()
 
     return _tried(ask, url, WAITS_S[:2])
@@ -80,11 +81,12 @@ def fetched(url: str, *, sha256: str, num_bytes: int, suffix: str = ".tar") -> P
     """The file's place on this machine, fetched if it is not there.
 
     Of files that end in .tar, those not used for longest make room. Raises Unreachable for one that
-    cannot be got, or whose content is another than `sha256` and `num_bytes` say.
+    cannot be got, or whose content is another than `sha256` and `num_bytes` say; OSError if the
+    cache folder cannot be written to.
     """
-    folder = _folder()
+    folder = shards_folder()
     path = folder / f"{sha256}{suffix}"
-    with _open_alone(path) as part:
+    with writing(folder), _open_alone(path) as part:
         if part is not None:
             _make_room(folder, num_bytes)
             for attempt in ("perhaps from where a process was stopped", "anew"):
@@ -107,12 +109,12 @@ def fetched(url: str, *, sha256: str, num_bytes: int, suffix: str = ".tar") -> P
 
 def fetched_unknown(url: str, described: Described) -> tuple[Path, str]:
     """`fetched` for a file of which only its server knows: its place, and its SHA-256."""
-    folder = _folder()
+    folder = shards_folder()
     name = hashlib.sha256(repr((url, described)).encode()).hexdigest()
-    with _open_alone(folder / f"{name}.new") as part:
+    with writing(folder), _open_alone(folder / f"{name}.new") as part:
         assert part is not None  # it never gets that name
         _make_room(folder, described.bytes)
-        _download(url, part)
+        _download(url, part, mark=described.mark)
         part.seek(0)
         sha256 = hashlib.file_digest(part, "sha256").hexdigest()
         if part.tell() != described.bytes:
@@ -123,9 +125,11 @@ def fetched_unknown(url: str, described: Described) -> tuple[Path, str]:
     return path, sha256
 
 
-def _folder() -> Path:
+def shards_folder() -> Path:
+    """Where shards and their lists are kept, made if need be; OSError if it cannot be."""
     folder = cache_folder() / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -177,15 +181,18 @@ def _limit() -> float:
     return limit * 1e9
 
 
-def _download(url: str, part: BufferedRandom) -> None:
-    """Bring `part` to the file's end, from where it is."""
-    _tried(lambda: _continue(url, part), url, WAITS_S)
+def _download(url: str, part: BufferedRandom, *, mark: str = "") -> None:
+    """Bring `part` to the file's end, from where it is; from its beginning for another mark."""
+    _tried(
+        lambda: _continue(url, part, mark), url, WAITS_S,
+        reached=lambda: part.seek(0, os.SEEK_END),
+    )  # fmt: skip
 
 
-def _continue(url: str, part: BufferedRandom) -> None:
+def _continue(url: str, part: BufferedRandom, mark: str) -> None:
     have = part.seek(0, os.SEEK_END)
     try:
-        answer = _opened(url, f"bytes={have}-" if have else None)
+        answer = _opened(url, f"bytes={have}-" if have else None, mark=mark)
     except HTTPError as error:
         if have and error.code == 416:  # nothing is left to send
             return
@@ -195,33 +202,62 @@ def _continue(url: str, part: BufferedRandom) -> None:
             part.truncate(0)
             have = 0
         left = answer.headers.get("Content-Length", "")
-        while piece := answer.read(_PIECE):
+        while piece := _next(answer):
             part.write(piece)
         part.flush()
     if left.isdecimal() and part.tell() < have + int(left):
         raise ConnectionError("the connection broke off")
 
 
-def _tried(ask: Callable[[], T], url: str, waits_s: tuple[float, ...]) -> T:
-    """What `ask` gives, tried again after each of the waits. Raises Unreachable after the last."""
-    for wait_s in (*waits_s, None):
+def _next(answer: http.client.HTTPResponse) -> bytes:
+    with _asking():
+        return answer.read(_PIECE)
+
+
+def _tried(
+    ask: Callable[[], T], url: str, waits_s: tuple[float, ...], *,
+    reached: Callable[[], int] = lambda: 0,
+) -> T:  # fmt: skip
+    """What `ask` gives, tried again after each of the waits. Raises Unreachable after the last.
+
+    The waits begin anew whenever `reached` is further than ever.
+    """
+    furthest, waits = reached(), iter(waits_s)
+    while True:
         try:
             return ask()
         except HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if wait_s is None or error.code not in _PASSING:
-                raise Unreachable(f"{url} cannot be fetched ({reason})") from error
-        except (URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-            if wait_s is None:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-                raise Unreachable(f"{url} cannot be fetched ({reason})") from error
+            cause: Exception = error
+            reason, is_passing = f"HTTP {error.code} {error.reason}", error.code in _PASSING
+        except ConnectionError as error:
+            cause, reason, is_passing = error, str(error), True
+        if (now := reached()) > furthest:
+            furthest, waits = now, iter(waits_s)
+        wait_s = next(waits, None)
+        if wait_s is None or not is_passing:
+            raise Unreachable(f"{url} cannot be fetched ({reason})") from cause
         time.sleep(wait_s)
-    raise AssertionError
 
 
-def _opened(url: str, span: str | None = None) -> http.client.HTTPResponse:
+@contextmanager
+def _asking() -> Iterator[None]:
+    """Let all that a network does be ConnectionErrors, and no error of this machine's disk."""
+    try:
+        yield
+    except HTTPError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        raise ConnectionError(reason) from error
+
+
+def _opened(url: str, span: str | None = None, *, mark: str = "") -> http.client.HTTPResponse:
+    """The answer of a server; with a mark, all of the file unless it still has that one."""
     headers = {"User-Agent": "fluxclip", "Accept-Encoding": "identity"}
     if span:
         headers["Range"] = span
-    answer: http.client.HTTPResponse = urlopen(Request(url, headers=headers), timeout=TIMEOUT_S)
+        if mark and not mark.startswith("W/"):  # a weak mark is not for parts
+            headers["If-Range"] = mark
+    with _asking():
+        answer: http.client.HTTPResponse = urlopen(Request(url, headers=headers), timeout=TIMEOUT_S)
     return answer

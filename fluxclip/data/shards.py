@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -43,9 +44,13 @@ VERSION = 1
 INDEX, RECORDS, OFFSETS, SKIPPED = (
     "index.json", "records.jsonl", "records.offsets", "skipped.jsonl"
 )  # fmt: skip
+T = TypeVar("T")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _PART = ".part"  # ends the name of what is being written
 _HEADER = tarfile.BLOCKSIZE  # bytes before a member's content
+_OFFSET = 8  # bytes of a number in records.offsets
+_SPAWN = multiprocessing.get_context("spawn")
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _AHEAD = 2  # pairs of each worker that are being made or wait to be written
 
 
@@ -125,22 +130,35 @@ def read_index(path: Path, *, name: str | None = None, elsewhere: bool = False) 
         not _SHA256.fullmatch(shard.sha256) for shard in index.shards if shard.sha256
     ):
         raise ValueError(f"{name} has a SHA-256 that is none")
-    if index.complete and any(file not in index.lengths for file in (RECORDS, OFFSETS)):
-        raise ValueError(f"{name} names no {RECORDS} or no {OFFSETS}")
     for shard in () if elsewhere else index.shards:
         if "/" in shard.name or "\\" in shard.name or not shard.name.endswith(".tar"):
             raise ValueError(f"{name} names a shard {shard.name!r}, which is no tar file beside it")
+        if not shard.sha256:
+            raise ValueError(f"{name} has no SHA-256 of {shard.name}")
+    counts = [shard.records for shard in index.shards]
+    if sum(counts) != index.records or min(counts, default=0) < 0:
+        raise ValueError(f"{name} is of {index.records:,} pairs, its shards of {sum(counts):,}")
+    if index.complete:
+        for file in (RECORDS, OFFSETS):
+            if file not in index.lengths or file not in index.sha256:
+                raise ValueError(f"{name} has no length or no SHA-256 of {file}")
+        if not index.records or index.lengths[OFFSETS] != _OFFSET * (index.records + 1):
+            raise ValueError(f"{name} is of {index.records:,} pairs, its {OFFSETS} of others")
     return index
 
 
 @dataclass(frozen=True)
 class Written:
-    """What `write` has done, earlier runs included: counts, and skipped pairs as path -> reason."""
+    """What `write` has done, earlier runs included.
+
+    num_skipped: pairs. skipped: why, by the path of the video, which several pairs may have.
+    """
 
     shards: int
     records: int
     bytes: int
-    skipped: dict[str, str] = field(default_factory=dict)
+    num_skipped: int
+    skipped: dict[str, str]
 
 
 def write(
@@ -153,6 +171,7 @@ def write(
     copy: bool = False,
     shard_mb: float = 256,
     workers: int = 0,
+    timeout_s: float = 300.0,
     most_broken: float = 0.1,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Written:
@@ -160,20 +179,28 @@ def write(
 
     Stopped at any moment and started again with the same arguments, it keeps the shards that are
     whole and goes on. Stills are packed as they are. workers: processes that read and transcode;
-    how many there are changes nothing in the shards.
+    how many there are changes nothing in the shards. timeout_s: a video whose decoder gives no
+    frame for so long in such a process is one that cannot be read, as is one that crashes it.
 
     A video that cannot be read, to its end, is skipped and listed. Raises ValueError if more than
-    the share `most_broken` of all pairs is, for other settings or pairs than those that the folder
-    was begun with and for a folder of anything else; OSError if something cannot be written, on a
-    full disk for example: what is whole stays.
+    the share `most_broken` (0-1) of all pairs is, for pairs without files, for other settings or
+    pairs than those that the folder was begun with and for a folder of anything else; OSError if
+    something cannot be written, on a full disk for example, or a process is killed: what is whole
+    stays.
     """
     records = sources.read(source, annotations, check_files=False)
-    base = Path(annotations).parent
+    if type(records) is not Records:
+        raise ValueError(f"pairs of source {source!r} have no files of their own to be packed")
+    if not len(records):
+        raise ValueError(f"{annotations} has no pairs")
+    base = Path(annotations.partition("?")[0]).parent
     wanted = Settings(
         side=side, gop=gop, copy=copy, shard_mb=shard_mb, pairs=_digest(records, base)
     )
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, not {workers}")
+    if not 0 <= most_broken <= 1:
+        raise ValueError(f"most_broken must be a share from 0 to 1, not {most_broken:g}")
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
         index = _begun(output, wanted)
@@ -181,7 +208,7 @@ def write(
             if not index.complete:
                 index = _packed(
                     records, output, index, wanted, base=base, workers=workers,
-                    most_broken=most_broken, progress=progress,
+                    timeout_s=timeout_s, most_broken=most_broken, progress=progress,
                 )  # fmt: skip
         except OSError as error:
             if isinstance(error, ChildProcessError):
@@ -193,7 +220,7 @@ def write(
     lines = (output / SKIPPED).read_text(encoding="utf-8").splitlines()
     skipped = {item["video"]: item["reason"] for item in map(json.loads, lines)}
     size = sum(shard.bytes for shard in index.shards)
-    return Written(len(index.shards), index.records, size, skipped)
+    return Written(len(index.shards), index.records, size, index.skipped, skipped)
 
 
 def _digest(records: Records, base: Path) -> str:
@@ -231,7 +258,8 @@ def _begun(output: Path, wanted: Settings) -> Index:
     """Where writing stands: the folder's files are as its index says, or it is a new one."""
     path = output / INDEX
     if not path.exists():
-        if others := sorted(p.name for p in output.iterdir() if not p.name.endswith(_PART)):
+        # before there is an index, all that can be of a stopped run is its part
+        if others := sorted(p.name for p in output.iterdir() if p.name != INDEX + _PART):
             raise ValueError(f"{output} holds other things ({others[0]}): choose another folder")
         index = Index(
             format=FORMAT, version=VERSION, complete=False, settings=asdict(wanted), records=0,
@@ -243,19 +271,28 @@ def _begun(output: Path, wanted: Settings) -> Index:
         if (before := index.settings.get(key)) != value:
             what = "with other pairs" if key == "pairs" else f"with {key} = {before}, not {value}"
             raise ValueError(f"{output} was begun {what}: choose another folder, or delete it")
-    names = {shard.name for shard in index.shards}
     for shard in index.shards:
         if not (file := output / shard.name).is_file() or file.stat().st_size != shard.bytes:
             raise ValueError(f"{file} is missing or has changed: delete the folder and write anew")
-    for stray in [*output.glob("*.tar"), *output.glob(f"*{_PART}")]:
-        if stray.name not in names:  # of a run that was stopped
-            stray.unlink()
     for name in (RECORDS, SKIPPED):
         with (output / name).open("ab") as lines:
             if lines.tell() < index.lengths[name]:
                 raise ValueError(f"{output / name} has changed: delete the folder and write anew")
             lines.truncate(index.lengths[name])
+    if index.complete:
+        offsets = output / OFFSETS
+        if not offsets.is_file() or offsets.stat().st_size != index.lengths[OFFSETS]:
+            write_offsets(output / RECORDS, offsets)
+        return index
+    following = _shard_name(index)
+    for stray in (following, following + _PART, INDEX + _PART, OFFSETS + _PART):
+        (output / stray).unlink(missing_ok=True)  # of a run that was stopped
     return index
+
+
+def _shard_name(index: Index) -> str:
+    """The name of the shard that comes after those of an index."""
+    return f"shard-{len(index.shards):06d}.tar"
 
 
 @dataclass(frozen=True)
@@ -269,14 +306,14 @@ class _Member:
 
 def _packed(
     records: Records, output: Path, index: Index, wanted: Settings, *, base: Path, workers: int,
-    most_broken: float, progress: Callable[[int, int], object],
+    timeout_s: float, most_broken: float, progress: Callable[[int, int], object],
 ) -> Index:  # fmt: skip
     """Write the shards that are left to write."""
     limit = wanted.shard_mb * 1e6
     shard = _OpenShard(output, index)
     first = ""
     try:
-        for number, made in _members(records, index.following, wanted, workers):
+        for number, made in _members(records, index.following, wanted, workers, timeout_s):
             record = records[number]
             shown = _shown(record, base)
             if isinstance(made, str):
@@ -285,7 +322,8 @@ def _packed(
                 if (broken := shard.skipped) > most_broken * len(records):
                     raise ValueError(
                         f"{broken:,} of {len(records):,} pairs are broken, more than "
-                        f"{most_broken:.0%}, the first new one {first}"
+                        f"{most_broken:.0%}, the first new one {first}; mend or leave them out, or "
+                        f"raise --most-broken"
                     )
             else:
                 about = {"video": shown, "captions": list(record.captions), "family": record.family}
@@ -297,7 +335,12 @@ def _packed(
     finally:
         shard.discard()
     if not index.records:
-        raise ValueError(f"no video of the {len(records):,} pairs can be read, the first {first}")
+        with (output / SKIPPED).open(encoding="utf-8") as lines:
+            item = json.loads(lines.readline())
+        raise ValueError(
+            f"no video of the {len(records):,} pairs can be read, the first {item['video']}: "
+            f"{item['reason']}"
+        )
     return finish(output, index)
 
 
@@ -332,7 +375,7 @@ class _OpenShard:
 
     def __init__(self, output: Path, index: Index) -> None:
         self._output, self._index = output, index
-        self._name = f"shard-{len(index.shards):06d}.tar"
+        self._name = _shard_name(index)
         self._part = output / f"{self._name}{_PART}"
         self._file: BinaryIO = self._part.open("wb")
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
@@ -352,9 +395,11 @@ class _OpenShard:
         self._skipped.append(_json(item))
 
     def size_with(self, about: dict[str, Any], member: _Member) -> int:
-        """Bytes of the shard with one more pair."""
-        added = sum(2 * _HEADER + size for size in (len(_json(about)), len(member.content)))
-        return int(self._tar.offset + added)
+        """Bytes of the shard if it is closed with one more pair."""
+        size = int(self._tar.offset)
+        for content in (len(_json(about)), len(member.content)):
+            size += _HEADER + _rounded(content, tarfile.BLOCKSIZE)
+        return _rounded(size + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
 
     def add(self, key: str, about: dict[str, Any], member: _Member) -> None:
         self._put(f"{key}.json", _json(about))
@@ -404,6 +449,10 @@ class _OpenShard:
         self._part.unlink(missing_ok=True)
 
 
+def _rounded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
 def _indented(index: Index) -> bytes:
     return (json.dumps(asdict(index), indent=1) + "\n").encode()
 
@@ -423,30 +472,73 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _members(
-    records: Records, start: int, wanted: Settings, workers: int
+    records: Records, start: int, wanted: Settings, workers: int, timeout_s: float
 ) -> Iterator[tuple[int, _Member | str]]:
     """Each pair's number and file, or why it has none, in order."""
     if not workers:
         for number in range(start, len(records)):
             yield number, _member(records[number], wanted)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent) as pool:
+    following = start
+    while following < len(records):
         running: deque[tuple[int, Future[_Member | str]]] = deque()
+        pool = ProcessPoolExecutor(workers, mp_context=_SPAWN, initializer=_leave_with_parent)
         try:
-            for number in range(start, len(records)):
-                running.append((number, pool.submit(_member, records[number], wanted)))
-                if len(running) == _AHEAD * workers:
-                    yield running[0][0], running[0][1].result()
-                    running.popleft()
-            while running:
+            while running or following < len(records):
+                while following < len(records) and len(running) < _AHEAD * workers:
+                    made = pool.submit(_watched, records[following], wanted, timeout_s)
+                    running.append((following, made))
+                    following += 1
                 yield running[0][0], running[0][1].result()
                 running.popleft()
-        except BrokenProcessPool as error:
-            names = ", ".join(str(records[number].video) for number, _ in running)
-            raise ChildProcessError(f"a worker process died reading one of {names}") from error
+        except BrokenProcessPool:  # by one of those running: alone it shows which
+            pass
         finally:
             pool.shutdown(cancel_futures=True)
+        for number, _ in running:
+            yield number, _alone_in_a_process(records[number], wanted, timeout_s)
+
+
+def _alone_in_a_process(record: Record, wanted: Settings, timeout_s: float) -> _Member | str:
+    """A pair's file from a process of its own; why it has none if that crashes or hangs."""
+    receiver, sender = _SPAWN.Pipe(duplex=False)
+    process = _SPAWN.Process(target=_send, args=(sender, record, wanted, timeout_s), daemon=True)
+    process.start()
+    sender.close()
+    made: _Member | str | None = None
+    with suppress(EOFError, OSError), receiver:  # it has ended
+        made = receiver.recv()
+    process.join()
+    if made is not None:
+        return made
+    code = process.exitcode or 0
+    if -code == signal.SIGALRM:
+        return f"its decoder gave nothing for {timeout_s:g} s"
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if -code in _CRASHES:
+        return f"its decoder crashed ({how})"
+    raise ChildProcessError(
+        f"a worker process ended ({how}) as it read {record.video}; if memory ran out, lower "
+        f"--workers, and run the same command again"
+    )
+
+
+def _send(sender: Connection, record: Record, wanted: Settings, timeout_s: float) -> None:
+    _leave_with_parent()
+    sender.send(_watched(record, wanted, timeout_s))
+
+
+def _watched(record: Record, wanted: Settings, timeout_s: float) -> _Member | str:
+    """`_member` in a process that the system ends if a decoder gives nothing for so long."""
+
+    def alive() -> None:
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+
+    alive()
+    try:
+        return _member(record, wanted, alive=alive)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _leave_with_parent() -> None:
@@ -462,16 +554,23 @@ def _leave_with_parent() -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def _member(record: Record, wanted: Settings) -> _Member | str:
-    """A pair's file as it goes into a shard; or why it cannot, in one line."""
+def _member(
+    record: Record, wanted: Settings, *, alive: Callable[[], object] = lambda: None
+) -> _Member | str:
+    """A pair's file as it goes into a shard; or why it cannot, in one line.
+
+    alive: called for every frame that is decoded.
+    """
     path = record.video
     try:
+        if path.is_dir():
+            return "it is a folder; shards take files, and not chunks of them"
         if wanted.copy or record.is_still:
             content, suffix = path.read_bytes(), path.suffix.lower()
             if suffix not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
                 suffix = ".bin"  # a video by its content
         else:
-            content, suffix = _transcoded(path, wanted), ".mp4"
+            content, suffix = _transcoded(path, wanted, alive), ".mp4"
         name = path.with_suffix(suffix)
         info = probe(name, content=content)
         if not is_image(name):  # to the end of it
@@ -484,7 +583,7 @@ def _member(record: Record, wanted: Settings) -> _Member | str:
     return _Member(suffix, content, known)
 
 
-def _transcoded(path: Path, wanted: Settings) -> bytes:
+def _transcoded(path: Path, wanted: Settings, alive: Callable[[], object]) -> bytes:
     """A video's frames at their times, small, keyframes near. Raises VideoError or OSError."""
     from fluxclip.video.decoders.pyav import open_video  # imports PyAV
     from fluxclip.video.encoder import EncodingError, encode, scaled_size
@@ -498,8 +597,9 @@ def _transcoded(path: Path, wanted: Settings) -> bytes:
         end = round(info.duration_s / video.tick)
         try:
             frames = encode(
-                made, video.walk(0.0), end_ticks=end, tick=video.tick, size=size, gop=wanted.gop
-            )
+                made, _told(video.walk(0.0), alive), end_ticks=end, tick=video.tick, size=size,
+                gop=wanted.gop,
+            )  # fmt: skip
         except EncodingError as error:
             raise VideoError(path, str(error)) from error
     content = made.getvalue()
@@ -511,3 +611,9 @@ def _transcoded(path: Path, wanted: Settings) -> bytes:
             f"{len(frames)} in {info.duration_s:.3f} s",
         )
     return content
+
+
+def _told(frames: Iterator[T], alive: Callable[[], object]) -> Iterator[T]:
+    for frame in frames:
+        alive()
+        yield frame

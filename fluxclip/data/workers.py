@@ -8,11 +8,12 @@ that file. So the steps and their order are the same as without workers.
 import atexit
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -32,18 +33,19 @@ AHEAD = 2  # steps of each worker that wait to be fetched or are being made
 MOST_LOST = 10  # files in a row that end a worker: then it is not the files
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _NOTHING = -1  # in place of a record's number: the worker reads no file
+_READ = 2  # place, after source and record, of how many files of its step a worker has read well
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def steps(
     dataset: Steps, *, start: int, stop: int, workers: int, timeout_s: float = 60.0
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Steps `start` to `stop` in order, prepared ahead by worker processes if there are any.
 
     timeout_s: most time that a worker may take to read one file; then the file is given up, as is
     one that crashes it, and `dataset.hopeless` has it. Without workers nothing cuts a file off.
     Caches live in one process, so sources that cache are read in this one. Raises ChildProcessError
-    if a worker ends for another reason.
+    if a worker ends for another reason. Closing the generator ends the workers.
     """
     numbers = range(start, stop)
     if any(source.cache_frames for source in dataset.sources):
@@ -92,13 +94,21 @@ class Workers:
     def __enter__(self) -> "Workers":
         # multiprocessing would ask processes that ignore SIGTERM to end, and wait for them
         atexit.register(self.close)
-        self._workers += (_Worker(self._data, self._timeout_s) for _ in range(self._count))
+        try:
+            for _ in range(self._count):
+                self._workers.append(_Worker(self._data, self._timeout_s))
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
+        self._end()
+
+    def _end(self) -> None:
         atexit.unregister(self.close)
         self.close()
 
@@ -125,17 +135,18 @@ class _Worker:
     def __init__(self, data: Steps, timeout_s: float) -> None:
         self._data, self._timeout_s = data, timeout_s
         self._asked: deque[int] = deque()
-        self._lost = 0  # processes, since the last step came
+        self._lost: list[str] = []  # files, with none between them that was read well
+        self._came_to = 0  # how many files of its step the last process lost had read well
         self._closed = False
         self._changing = threading.Lock()  # one thread may close while another fetches
         self._start()
 
     def _start(self) -> None:
-        self._told = self._data.hopeless
+        self._told = self._data.hopeless  # the new process has it with the data
         # forking after threads have decoded can deadlock
         context = torch.multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._reading = context.RawArray("q", [0, _NOTHING])
+        self._reading = context.RawArray("q", [0, _NOTHING, 0])
         self._process = context.Process(
             target=_work, args=(self._data, theirs, self._reading, self._timeout_s), daemon=True
         )
@@ -150,8 +161,13 @@ class _Worker:
 
     def _send(self, number: int) -> None:
         hopeless = self._data.hopeless
+        # Only what is new: all of it may be more than a pipe holds, and the process, which may be
+        # waiting for its step to be fetched, would not read it.
+        new = {}
+        if hopeless is not self._told:
+            new = {path: fault for path, fault in hopeless.items() if path not in self._told}
         with suppress(OSError):  # it has ended, which `fetch` will see
-            self._pipe.send((number, None if hopeless is self._told else hopeless))
+            self._pipe.send((number, new))
         self._told = hopeless
 
     def fetch(self) -> Step:
@@ -165,7 +181,7 @@ class _Worker:
         if error is not None:
             raise error from RuntimeError(f"in a worker process:\n{trace}")
         self._asked.popleft()
-        self._lost = 0
+        self._lost.clear()
         made: Step = step
         return made
 
@@ -177,11 +193,16 @@ class _Worker:
                 raise ended
             path, fault = self._fault(self._process.exitcode)
             self._data.give_up({str(path): fault})
-            self._lost += 1
-            if self._lost == MOST_LOST:
+            came_to = self._reading[_READ]
+            if came_to > self._came_to:
+                self._lost.clear()
+            self._came_to = came_to
+            self._lost.append(str(path))
+            if len(self._lost) == MOST_LOST:
                 raise ChildProcessError(
-                    f"{MOST_LOST} files in a row ended a worker that read them, the last {path}: "
-                    f"{fault.reason}"
+                    f"{MOST_LOST} files in a row ended a worker that read them, the last: "
+                    f"{fault.reason}; if others can be read, move these away, and a run goes on "
+                    f"by --resume: {', '.join(self._lost)}"
                 )
             self._pipe.close()
             self._start()
@@ -190,7 +211,7 @@ class _Worker:
 
     def _fault(self, code: int) -> tuple[Path | None, Fault]:
         """The file that was read when the process ended by `code`, if it is to be blamed for it."""
-        source, record = self._reading
+        source, record, _ = self._reading
         is_reading = record != _NOTHING
         path = self._data.sources[source].records[record].video if is_reading else None
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -204,6 +225,11 @@ class _Worker:
             hint = "; if memory ran out, lower workers"
         elif -code == signal.SIGBUS:
             hint = "; /dev/shm, through which steps travel, may be full"
+        elif code > 0 and not is_reading:
+            hint = (
+                "; what it said is above: a script that starts workers needs `if __name__ == "
+                '"__main__":` around what it does, or workers = 0'
+            )
         raise ChildProcessError(f"a worker process ended by {how} while {doing}{hint}")
 
     def close(self) -> None:
@@ -220,26 +246,36 @@ def _work(data: Steps, pipe: Connection, reading: Any, timeout_s: float) -> None
 
     @contextmanager
     def watched(source: int, record: int) -> Iterator[None]:
-        reading[:] = source, record
+        reading[:_READ] = source, record
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
         try:
             yield
+            reading[_READ] += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            reading[:] = 0, _NOTHING
+            reading[:_READ] = 0, _NOTHING
 
     data.watched = watched
     while True:
         try:
-            number, hopeless = pipe.recv()
+            number, new = pipe.recv()
         except EOFError:
             return
-        if hopeless is not None:
-            data.hopeless = hopeless
+        data.give_up(new)
+        reading[_READ] = 0
         try:
             pipe.send((data[number], None, ""))
         except Exception as error:
-            pipe.send((None, error, traceback.format_exc()))
+            pipe.send((None, _portable(error), traceback.format_exc()))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its words alone where it cannot travel to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does on the way
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _end_with_parent() -> None:

@@ -85,9 +85,11 @@ class Forward(nn.Module):
         if captions is not None:
             self.table_NW = self._features_of_all(captions)
         elif model.text_is_frozen and recipe.negatives == "all":
+            many = sum(len(source.records) for source in sources) > RECORDS_READ
+            more = f"{RECORDS_READ:,} records" if many else f"{CAPTIONS_KEPT:,} captions"
             raise ValueError(
-                f'negatives = "all" is for sets of at most {CAPTIONS_KEPT:,} captions, and these '
-                f"have more"
+                f'negatives = "all" is for sets of at most {CAPTIONS_KEPT:,} captions in at most '
+                f"{RECORDS_READ:,} records, and these have more than {more}"
             )
         elif recipe.negatives == "all":
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -118,18 +119,19 @@ def _run(
         Monitor(
             run.path, steps=o.steps, start=start, seconds=run.progress.seconds, console=console,
             silent=distributed.rank() > 0, peak_flops=_peak(forward.device, bf16=forward.bf16),
-            wandb=recipe.wandb, settings=asdict(recipe),
+            wandb=recipe.wandb, settings=_shown(recipe),
         ) as monitor,
         StopSignals() as stop,
+        # an error may be kept, and would keep the workers
+        closing(workers.steps(
+            data, start=start, stop=o.steps, workers=recipe.workers,
+            timeout_s=recipe.decode_timeout_s,
+        )) as steps,
     ):  # fmt: skip
         monitor.say(f"{run.path}: {data.num_pairs} pairs\n{recipe.sampling()}")
         if start:
             monitor.say(f"resumed after step {start} of {o.steps}")
         saved_s = monitor.seconds
-        steps = workers.steps(
-            data, start=start, stop=o.steps, workers=recipe.workers,
-            timeout_s=recipe.decode_timeout_s,
-        )  # fmt: skip
         for step in monitor.waiting(steps):
             lr = optimizer.learning_rate(
                 step.number, steps=o.steps, warmup_steps=o.warmup_steps, lr=o.lr,
@@ -186,6 +188,14 @@ def _run(
                 stop.leave(max(filter(None, distributed.gather(stop.received)), default=None))
         if unreadable:
             monitor.say(f"{len(unreadable)} unreadable: {unreadable}; {unreadable.path} lists them")
+
+
+def _shown(recipe: Recipe) -> dict[str, object]:
+    """The recipe as others may see it: without what follows the "?" of addresses, such as keys."""
+    values = asdict(recipe)
+    for section in (*values["data"], values["validation"]):
+        section["annotations"] = sources.shown(section["annotations"])
+    return values
 
 
 def _peak(device: torch.device, *, bf16: bool) -> float | None:

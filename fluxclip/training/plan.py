@@ -86,7 +86,7 @@ def _sources(recipe: Recipe, missing: list[Path]) -> Iterator[Source]:
         if records is not None:
             looked_at = data_sources.looked_at(len(records))
             stills = sum(records[i].is_still for i in looked_at) / len(looked_at)
-            name = Path(section.annotations).name
+            name = data_sources.shown(section.annotations)
             yield Source(name, len(records), len(looked_at), section.batch, stills * section.batch)
     _records("annotations", recipe.validation.annotations, missing)
 

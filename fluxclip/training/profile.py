@@ -1,6 +1,7 @@
 """Where the time of a training step goes: `fluxclip train --profile`."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -150,14 +151,6 @@ def _measure(
         with stages.stage("step"):
             engine.step_down(lr=lr)
 
-    steps = workers.steps(
-        data, start=0, stop=2 * (warm_up + count), workers=recipe.workers,
-        timeout_s=recipe.decode_timeout_s,
-    )  # fmt: skip
-    _drop(islice(steps, warm_up))
-    alone = _timed(islice(steps, count), lambda step: None, device=forward.device)
-    for step in islice(steps, warm_up):
-        train(step)
     made_s: dict[Stage, float] = dict.fromkeys(OF_DATA, 0.0)
     drawn: list[Draw] = []
     # one of each draw stands for all of it, as the steps of a whole run would not fit into memory
@@ -170,7 +163,16 @@ def _measure(
         drawn.append(step.draw)
         kept.setdefault(step.draw, step)
 
-    with_data = _timed(islice(steps, count), train_and_note, device=forward.device)
+    made = workers.steps(
+        data, start=0, stop=2 * (warm_up + count), workers=recipe.workers,
+        timeout_s=recipe.decode_timeout_s,
+    )  # fmt: skip
+    with closing(made) as steps:
+        _drop(islice(steps, warm_up))
+        alone = _timed(islice(steps, count), lambda step: None, device=forward.device)
+        for step in islice(steps, warm_up):
+            train(step)
+        with_data = _timed(islice(steps, count), train_and_note, device=forward.device)
     without = _timed((kept[draw] for draw in drawn), train, device=forward.device)
     gradients_s = with_data.pop("gradients", 0.0)
     without.pop("gradients", None)

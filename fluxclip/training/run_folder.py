@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import date
@@ -21,6 +22,7 @@ from fluxclip.training.engines import Engine
 from fluxclip.training.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_SECRET = re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]+")  # an address may be signed
 # what may differ when a run is resumed: it changes no number, but by rounding. Annotations may lie
 # elsewhere if they are the same, which is compared.
 _MAY_DIFFER = (
@@ -50,7 +52,7 @@ class RunFolder:
                 if self.progress.annotations.get(key) != digest:
                     raise ValueError(
                         f"{self.path} cannot be resumed: the file of {key} has changed since it "
-                        f"started"
+                        f"started, or is read by other settings"
                     )
         elif not resume and (self.path / "recipe.toml").exists():
             raise FileExistsError(
@@ -175,11 +177,12 @@ def _card(
     recipe = run.recipe
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     data = "\n".join(
-        f"- {Path(s.annotations).name}, {s.batch} pairs a step"
+        f"- {sources.shown(s.annotations)}, {s.batch} pairs a step"
         + (f", teacher {Path(s.teacher).name}" if s.teacher else "")
         for s in recipe.data
     )
     text = model.config.text
+    command = _SECRET.sub(r"\1...", run.progress.command)
     start = f"started from `{recipe.init}`" if recipe.init else f"preset `{recipe.model.preset}`"
     numbers = "\n".join(f"- {name}: {value:.2f}" for name, value in scores.items())
     return f"""{weights.CARD_HEADER}# {run.path.name}
@@ -187,7 +190,7 @@ def _card(
 A FluxCLIP video-text model, {start}, {trained / 1e6:.2f} M trained
 parameters; text tower `{text.source}` ({text.weights}).
 
-- Command: `{run.progress.command}`
+- Command: `{command}`
 - Seed: {recipe.seed}; step {step} of {recipe.optimizer.steps}, {seconds / 60:.1f} minutes
 - Date: {date.today().isoformat()}
 - Machine: {_machine()}
@@ -196,7 +199,7 @@ parameters; text tower `{text.source}` ({text.weights}).
 Trained on
 {data}
 
-Validation ({Path(recipe.validation.annotations).name}), all tokens of the default grid
+Validation ({sources.shown(recipe.validation.annotations)}), all tokens of the default grid
 {numbers}
 """
 

@@ -3,7 +3,7 @@
 While NAME.chunks is being made, beside it stands
 
     .NAME.chunks.part/
-        chunks.json     the settings and the video
+        chunks.json     the settings, the video and how chunks are coded
         000015.json     of each whole chunk: what the table will say of it
         chunks/         the chunks; becomes NAME.chunks in the end
 """
@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import groupby
@@ -43,6 +43,8 @@ from fluxclip.video.decoders.pyav import open_video
 from fluxclip.video.reader import VIDEO_SUFFIXES
 
 Progress = Callable[[int, int], None]
+
+_IDENTITY = ("path", "bytes", "mtime_ns", "sha256")  # of a video
 
 
 @dataclass
@@ -109,11 +111,10 @@ def write(
         _require_settings(folder, settings)
     report, shared = Report(), _Shared(progress)
     at_once = max(1, min(workers, len(videos)))
+    each = max(1, workers // at_once)
     with ThreadPoolExecutor(at_once) as pool:
         jobs = {
-            pool.submit(
-                _write_video, video, folder, settings, math.ceil(workers / at_once), shared
-            ): (video, folder)
+            pool.submit(_write_video, video, folder, settings, each, shared): (video, folder)
             for video, folder in videos
         }
         try:
@@ -267,7 +268,6 @@ class _Task:
         ends_s = [*starts_s[1:], self.info.duration_s]
         table = {
             **begun,
-            "coding": encoder.CODING,
             "duration_s": self.info.duration_s,
             "fps": self.info.fps,
             "width": self.size[0],
@@ -288,7 +288,7 @@ def _write_video(
 ) -> bool:
     """Make one folder of chunks; False if it is there. Raises VideoError for a broken video."""
     part, before = _part(folder), _before(folder)
-    made_from = None if before is None else before["source"]
+    made_from = None if before is None else before.source
     try:
         source = _identity(video, made_from)
     except OSError as error:
@@ -303,12 +303,14 @@ def _write_video(
     with open_video(video) as opened:
         size = encoder.scaled_size(opened.info.width, opened.info.height, side=settings.side)
         task = _Task(video, part, settings, opened.info, opened.tick, size, shared)
-    with shared.writing(folder):
-        (part / "chunks").mkdir(parents=True, exist_ok=True)
     with shared.writing(folder), _alone(video, part), _nothing_left(part):
-        if made_from is None:
+        if folder.exists():  # another process has made it meanwhile
+            shutil.rmtree(part, ignore_errors=True)
+            return False
+        (part / "chunks").mkdir(exist_ok=True)
+        if not (part / TABLE).exists():
             header = {"format": FORMAT, "settings": asdict(settings), "source": source}
-            _write_json(part / TABLE, header)
+            _write_json(part / TABLE, {**header, "coding": encoder.CODING})
         whole = task.whole()
         missing = [number for number in range(task.num_chunks) if number not in whole]
         shared.count(done=len(whole), total=task.num_chunks)
@@ -322,13 +324,23 @@ def _write_video(
 
 @contextmanager
 def _alone(video: Path, part: Path) -> Iterator[None]:
-    """No other process makes the same inside; VideoError if one does."""
-    descriptor = os.open(part, os.O_RDONLY)
+    """Inside, `part` is there and no other process makes the same; VideoError if one does."""
+    busy = VideoError(video, "another process makes it into chunks now")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        part.mkdir()
+    try:
+        descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError as error:
+        raise busy from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise VideoError(video, "another process makes it into chunks now") from error
+            is_there = os.path.samestat(os.fstat(descriptor), part.stat())
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise busy from error
+        if not is_there:  # the other has just removed what is locked now
+            raise busy
         yield
     finally:
         os.close(descriptor)
@@ -362,19 +374,37 @@ def _part(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.part")
 
 
-def _before(folder: Path) -> dict[str, Any] | None:
-    """Format, settings and source of a folder that is made or begun; None for neither.
+@dataclass(frozen=True)
+class _Before:
+    """With which settings, and of which video, a folder was made or begun."""
 
-    Raises VideoError for one that is made and not sound.
+    settings: Settings
+    source: dict[str, Any]
+
+
+def _before(folder: Path) -> _Before | None:
+    """What is known of a folder that is made or begun; None for neither.
+
+    Raises VideoError for one that is not sound, and for one that another version wrote or began.
     """
     if folder.exists():
         found = contents(folder)
-        return {"format": FORMAT, "settings": asdict(found.settings), "source": found.source}
-    begun = _part(folder) / TABLE
-    if not begun.exists():
-        return None
-    header: dict[str, Any] = json.loads(begun.read_text(encoding="utf-8"))
-    return header
+        return _Before(found.settings, found.source)
+    part = _part(folder)
+    try:
+        begun = (part / TABLE).read_bytes()
+    except FileNotFoundError:  # if another process has finished it meanwhile, then it is made
+        return _before(folder) if folder.exists() else None
+    try:
+        header = json.loads(begun)
+        if header["format"] == FORMAT and header.get("coding") == encoder.CODING:
+            source = {key: header["source"][key] for key in _IDENTITY}
+            return _Before(Settings(**header["settings"]), source)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"its {TABLE} is damaged; remove the folder to begin anew"
+        raise VideoError(part, reason) from error
+    reason = "begun by another version of FluxCLIP; remove the folder to begin anew"
+    raise VideoError(part, reason)
 
 
 def _require_settings(folder: Path, settings: Settings) -> None:
@@ -382,13 +412,12 @@ def _require_settings(folder: Path, settings: Settings) -> None:
         before = _before(folder)
     except VideoError:
         return  # comes up again as what is wrong with this video
-    if before is None or (before["format"], before["settings"]) == (FORMAT, asdict(settings)):
+    if before is None or before.settings == settings:
         return
     there = folder if folder.exists() else _part(folder)
-    was = ", ".join(f"{name} {value}" for name, value in before["settings"].items())
     raise ValueError(
-        f"{there} was made with {was}, not {settings}: give the same settings, remove it, or "
-        "choose another --output"
+        f"{there} was made with {before.settings}, not {settings}: give the same settings, "
+        "remove it, or choose another --output"
     )
 
 

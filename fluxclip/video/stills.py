@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fluxclip.video.clip import Clip, VideoError, VideoInfo
+from fluxclip.video.clip import Clip, FaultKind, VideoError, VideoInfo
 from fluxclip.video.framing import Framing, pixel_span
 
 
@@ -66,7 +66,9 @@ def _opened(path: Path, content: bytes | None) -> Iterator[Image.Image]:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Pillow
             reason = f"cannot be opened ({error.strerror})"
             raise VideoError(path, reason, kind="not readable") from error
-        raise VideoError(path, f"a damaged image ({error})") from error
+        # Pillow has no kind of error for it, and of WebP and AVIF it mostly does not say it.
+        kind: FaultKind = "truncated" if "truncated" in str(error).lower() else "damaged"
+        raise VideoError(path, f"a damaged image ({error})", kind=kind) from error
 
 
 def _rgb(image: Image.Image, path: Path) -> Image.Image:

@@ -1,21 +1,29 @@
 """Broken files among good ones: counted by kind, replaced by the next, and never a wrong frame."""
 
+import errno
+import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
 from faulty_source import FaultyRecords
+from safetensors.torch import save_file
 
 from fluxclip.data import workers as pool
 from fluxclip.data.batch import Step
@@ -23,9 +31,10 @@ from fluxclip.data.faults import Fault
 from fluxclip.data.loader import Augment, Source, Steps
 from fluxclip.data.sources import Record, Records
 from fluxclip.data.sources.annotations import read
+from fluxclip.data.teacher import TeacherFeatures
 from fluxclip.data.workers import steps
 from fluxclip.tokens.budget import FluxSampling
-from fluxclip.video import Clip, read_clip
+from fluxclip.video import Clip, VideoError, read_clip
 
 SAMPLING = FluxSampling((2, 4, 1), (28, 56, 28), (4, 64), (16, 8))
 
@@ -234,14 +243,188 @@ def test_where_file_after_file_hangs_it_is_not_the_files(
 ) -> None:
     records, _ = faulty(["hang-1", "hang-2"], emoji, tmp_path)
     monkeypatch.setattr(pool, "MOST_LOST", 2)
-    with pytest.raises(ChildProcessError, match=r"2 files in a row ended a worker .*hang-\d\.mp4"):
+    with pytest.raises(ChildProcessError, match="2 files in a row ended a worker ") as error:
         made(FaultyRecords(records[3:5]), count=1, workers=1, timeout_s=4)
+    assert "hang-1.mp4" in str(error.value) and "hang-2.mp4" in str(error.value)
+
+
+def test_files_that_crash_between_others_of_one_step_are_not_in_a_row(
+    emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, bad = faulty(["segfault-1", "segfault-2"], emoji, tmp_path)
+    good = [record for record in records if record.video not in bad]
+    data = Steps([Source(records, 3)], SAMPLING, Augment(), seed=5)
+    # a good one is read before each of the bad
+    _, second, third = data.order(0, 0)
+    assert third != second + 1
+    placed = [good[i % len(good)] for i in range(len(records))]
+    placed[second], placed[third] = (Record(path, (path.name,), None) for path in bad)
+    data.sources = [Source(FaultyRecords(placed), 3)]
+    monkeypatch.setattr(pool, "MOST_LOST", 2)
+    found = list(steps(data, start=0, stop=1, workers=1))
+    assert faults(found).keys() == set(map(str, bad))
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    def late(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_many_files_given_up_do_not_block_a_worker_that_waits_to_be_heard(emoji: Path) -> None:
+    """Steps and lists here are both larger than what a pipe holds."""
+    long = "word " * 100_000
+    pairs = [Record(pair.video, (long,), None) for pair in read(emoji / "train.json")[:4]]
+    data = Steps([Source(Records(pairs), 4)], SAMPLING, Augment(), seed=1)
+    fault = Fault("timeout", "not read within 60 s")
+    data.give_up({f"clips/{number:0100}.mp4": fault for number in range(5000)})
+    with within(90):
+        for step in steps(data, start=0, stop=5, workers=1):
+            time.sleep(0.5)  # the next step is made meanwhile, and waits to be fetched
+            data.give_up({f"clips/new-{step.number}.mp4": fault})
+    assert len(data.hopeless) == 5005
+
+
+def test_a_disk_that_is_gone_ends_a_run_before_all_of_it_was_asked_for(tmp_path: Path) -> None:
+    asked = []
+
+    class Gone(Records):
+        def info(self, index: int) -> Any:
+            asked.append(index)
+            return super().info(index)
+
+    # of two captions each
+    names = [tmp_path / f"{number // 2}.mp4" for number in range(5000)]
+    data = Steps(
+        [Source(Gone([Record(path, (path.name,), None) for path in names]), 4)],
+        SAMPLING, Augment(), seed=1,
+    )  # fmt: skip
+    reason = r"^1,000 files in a row cannot be read, the first .*\.mp4: no such file; is their disk"
+    with pytest.raises(ValueError, match=reason):
+        data[0]
+    assert len(asked) <= 2000
+
+
+def test_what_this_machine_lacks_is_no_fault_of_a_file(emoji: Path, tmp_path: Path) -> None:
+    stills_and_clips = [read(emoji / f"{name}.json")[0] for name in ("stills", "train")]
+    assert [pair.is_still for pair in stills_and_clips] == [True, False]
+    for path in (pair.video for pair in stills_and_clips):
+        data = Steps(
+            [Source(Records([Record(path, ("a",), None)]), 1)], SAMPLING, Augment(), seed=1
+        )
+        assert not data[0].unreadable
+        data.sources[0]._infos.clear()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.open(os.devnull, os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(OSError, match=f"^Too many open files, while reading {path}: raise"):
+                data[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    for said, wrapped, found in [
+        (MemoryError(), False, "^Cannot allocate memory, while reading .*: lower workers$"),
+        (OSError(errno.ENOSPC, "full"), True, "^No space left on device, while reading .*: make"),
+        # of a damaged file that claims to be huge
+        (MemoryError(), True, "^no file of a source can be read: .*: cannot be opened"),
+    ]:
+        with pytest.raises((OSError, ValueError), match=found):
+            made(LackingRecords(read(emoji / "train.json")[:4], said, wrapped), count=1)
+
+
+class LackingRecords(Records):
+    """Whose decoder raises an error, or a VideoError from it."""
+
+    def __init__(self, records: Sequence[Record], error: Exception, wrapped: bool) -> None:
+        super().__init__(records)
+        self.error, self.wrapped = error, wrapped
+
+    def clip(self, index: int, **wanted: Any) -> Clip:
+        if self.wrapped:
+            raise VideoError(self[index].video, "cannot be opened") from self.error
+        raise self.error
+
+
+def test_features_that_cannot_be_read_are_no_fault_of_a_video(emoji: Path, tmp_path: Path) -> None:
+    pairs = read(emoji / "train.json")[:4]
+    path = tmp_path / "features.safetensors"
+    names = json.dumps([pair.video.name for pair in pairs])
+    save_file({"features": torch.zeros(4, 2, 4, 4, 8).half()}, path, metadata={"videos": names})
+    source = Source(Records(pairs), 4, teacher=TeacherFeatures(path, pairs))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="features"):
+        Steps([source], SAMPLING, Augment(), seed=1)[0]
+
+
+class Once(Records):
+    """Travels to one worker."""
+
+    times = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        Once.times += 1
+        if Once.times > 1:
+            raise OSError("no more of these")
+        return {"_records": []}
+
+
+def test_workers_end_if_another_cannot_be_started(emoji: Path) -> None:
+    data = Steps([Source(Once(read(emoji / "train.json")[:4]), 4)], SAMPLING, Augment(), seed=1)
+    with pytest.raises(OSError, match="no more of these") as kept:
+        pool.Workers(data, range(2), count=2, timeout_s=60).__enter__()
+    assert kept.value and multiprocessing.active_children() == []
 
 
 def test_what_goes_wrong_in_a_worker_comes_home_as_it_was(emoji: Path, tmp_path: Path) -> None:
     records = Records([Record(tmp_path / "none.mp4", ("none",), None)])
     with pytest.raises(ValueError, match=r"^no file of a source can be read: .*none\.mp4: no such"):
         made(records, count=1, workers=1)
+    # also what cannot travel
+    with pytest.raises(RuntimeError, match=r"^Torn: far/away$"):
+        made(TornRecords(read(emoji / "train.json")[:4]), count=1, workers=1)
+
+
+class Torn(Exception):
+    """Cannot be made anew from what it says."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        super().__init__(f"{folder}/{name}")
+
+
+class TornRecords(Records):
+    def fetch(self, index: int) -> None:
+        raise Torn("far", "away")
+
+
+def test_a_script_that_starts_itself_again_is_told_how_not_to(emoji: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        from fluxclip.data.loader import Augment, Source, Steps
+        from fluxclip.data.sources.annotations import read
+        from fluxclip.data.workers import steps
+        from fluxclip.tokens.budget import FluxSampling
+        data = Steps(
+            [Source(read({str(emoji / "train.json")!r}), 4)],
+            FluxSampling((2, 4, 1), (28, 56, 28), (4, 64), (16, 8)), Augment(), seed=0,
+        )
+        next(steps(data, start=0, stop=1, workers=1))
+    """)
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    last = ran.stderr.splitlines()[-1]
+    assert "ended by exit code 1 while it read no file; what it said is above" in last
+    assert 'needs `if __name__ == "__main__":`' in last and "RuntimeError" in ran.stderr
 
 
 def test_workers_end_with_a_run_that_is_killed(emoji: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fluxclip.data import sources
 from fluxclip.data.sources import Record, Records, _tables, looked_at
 from fluxclip.data.sources import annotations as source
 from fluxclip.data.sources.annotations import read
@@ -102,6 +103,35 @@ def test_the_hubs_data_sets_are_read_like_tables(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no/such.split=train cannot be read: ") as caught:
         read("hf://datasets/no/such?split=train")
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_data_set_of_the_hub_is_named(tmp_path: Path) -> None:
+    """JSON says its columns in its first row, and whatever that holds has the name with it."""
+    (tmp_path / "set.jsonl").write_text('{"video": "a.mp4", "capt')
+    with pytest.raises(ValueError, match="it cannot be read: ") as caught:
+        list(_tables.of_hub(str(tmp_path), "it", columns=("video", "caption")))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_columns_are_other_data_and_another_folder_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("video,caption,title\na.mp4,x,y\n")
+
+    def identity(name: str) -> str:
+        return sources.fingerprint_of("annotations", name)
+
+    plain = sources.fingerprint_of_file(path)  # as runs have it that were started before
+    assert identity(f"{path}") == identity(f"{path}?caption=caption&video=video") == plain
+    assert identity(f"{path}?folder=/elsewhere") == plain
+    other = identity(f"{path}?caption=title")
+    assert other == identity(f"{path}?folder=/elsewhere&caption=title")
+    assert len({plain, other, identity(f"{path}?video=title"), ""}) == 4
+    path.write_text("video,caption,title\na.mp4,x,z\n")
+    assert identity(f"{path}?caption=title") not in (plain, other)
+    assert identity(f"{tmp_path}/none.csv?caption=title") == f"{tmp_path}/none.csv?caption=title"
+    assert identity("hf://datasets/org/name?split=train") == "hf://datasets/org/name?split=train"
+    with pytest.raises(ValueError, match="unknown setting 'titel'"):
+        identity(f"{path}?titel=x")
 
 
 def test_more_rows_than_a_piece_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

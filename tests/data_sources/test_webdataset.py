@@ -1,12 +1,15 @@
 """Shards: written whole whatever stops the writer, read to the same tensors wherever they lie."""
 
+import errno
 import gzip
+import http.client
 import io
 import json
 import os
 import pickle
 import resource
 import signal
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -178,10 +181,10 @@ def test_shards_give_the_steps_of_the_same_files_with_annotations(
 ) -> None:
     there, files = webdataset.read(packed), annotations.read(unpacked)
     same_pairs(there, files)
+    files.groups = there.groups
     expected = made(files)
     assert same(made(there), expected)
     assert same(made(there, workers=3), expected)
-    assert there.groups is None
 
 
 def test_captions_and_videos_are_those_of_the_pairs(pairs: Path, packed: Path) -> None:
@@ -208,7 +211,8 @@ def test_behind_an_address_they_are_the_same_from_any_step_and_number_of_workers
     assert not any(name.endswith(".tar") for name in site.asked.elements())
     same_pairs(webdataset.read(packed), there)
     whole = made(there)
-    assert not same(whole[:4], made(webdataset.read(packed), stop=4))  # shard by shard
+    assert same(whole, made(webdataset.read(packed)))
+    assert webdataset.identity(str(packed)) == webdataset.identity(f"{site.url}/")
     assert same(made(webdataset.read(f"{site.url}/"), start=2, stop=5), whole[2:5])
     assert same(made(there, workers=1), whole)
     assert same(made(there, start=1, workers=3), whole[1:])
@@ -236,7 +240,30 @@ def test_others_tar_files_give_the_same_pairs(
     same_pairs(webdataset.read(far), ours)
     same_pairs(webdataset.read(far), ours)
     assert max(site.asked.values()) == 1  # looked through once
-    assert webdataset.read(far).groups is not None
+
+
+START_TOGETHER = """
+import sys, time
+from fluxclip.data.sources import webdataset
+while time.time() < float(sys.argv[2]):
+    pass
+print(len(webdataset.read(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("name", ["", "shard-{000000..000002}.tar"])
+def test_processes_that_start_at_once_fetch_each_file_once(site: Site, name: str) -> None:
+    command = [sys.executable, "-c", START_TOGETHER, f"{site.url}/{name}", str(time.time() + 4)]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [process.communicate() for process in started]
+    assert {error for _, error in said} == {""}
+    assert len({number for number, _ in said}) == 1
+    del site.asked["index.json"]  # each asks for it
+    assert max(site.asked.values()) == 1
+    assert not list((site.folder.parent / "cache").rglob("*.part"))
 
 
 def put(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -287,8 +314,13 @@ def test_what_are_no_tar_files(
 ) -> None:
     monkeypatch.setenv("FLUXCLIP_CACHE", str(tmp_path / "cache"))
     content = (packed / "shard-000000.tar").read_bytes()
+    with tarfile.open(packed / "shard-000000.tar") as tar:
+        third = tar.getmembers()[2].offset
+    flipped = bytearray(content)
+    flipped[third + 150] ^= 1  # in the checksum of its header
     for name, bad in (("text", b"x" * 2000), ("packed", gzip.compress(content)),
-                      ("short", content[: len(content) // 2])):  # fmt: skip
+                      ("short", content[: len(content) // 2]), ("flipped", bytes(flipped)),
+                      ("cut", content[:third]), ("two", content + content)):  # fmt: skip
         (tmp_path / f"{name}.tar").write_bytes(bad)
         with pytest.raises(ValueError, match=f"{name}.tar is no whole tar file"):
             webdataset.read(tmp_path / f"{name}.tar")
@@ -340,6 +372,14 @@ def test_shards_that_are_not_what_their_index_says(packed: Path, tmp_path: Path)
     refused("names a shard '../a.tar'")
     changed(folder, shards=[{"name": "a.tar", "bytes": 1, "sha256": "../../a", "records": 1}])
     refused("has a SHA-256 that is none")
+    index = json.loads((packed / "index.json").read_text())
+    changed(folder, **index)
+    changed(folder, sha256={})
+    refused("no SHA-256 of records.jsonl")
+    changed(folder, sha256=index["sha256"], records=13)
+    refused("is of 13 pairs, its shards of 12")
+    changed(folder, records=12, lengths={**index["lengths"], "records.offsets": 8})
+    refused("its records.offsets of others")
     (folder / "index.json").write_text("{")
     refused("is no index of shards")
     (folder / "index.json").unlink()
@@ -362,6 +402,42 @@ def test_a_member_that_has_changed_is_a_broken_file(packed: Path, tmp_path: Path
     assert list(data[0].unreadable) == [str(folder / "shard-000000.tar" / "00000001.mp4")]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"shard": 7}, {"shard": -1}, {"shard": None}, {"offset": -1}, {"bytes": 10**15},
+        {"captions": None}, {"captions": []}, {"captions": [3]}, {"name": 3}, {"family": 3},
+        {"info": {"x": 1}}, {"info": 3},
+    ],
+)  # fmt: skip
+def test_a_line_that_cannot_be_true_is_named(
+    packed: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    folder = copied(packed, tmp_path / "shards")
+    lines = (folder / "records.jsonl").read_text("utf-8").splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | values, ensure_ascii=False)
+    (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    shards.write_offsets(folder / "records.jsonl", folder / "records.offsets")
+    index = json.loads((folder / "index.json").read_text())
+    length = (folder / "records.jsonl").stat().st_size
+    changed(folder, lengths={**index["lengths"], "records.jsonl": length})
+    records = webdataset.read(folder)
+    assert records[1].captions
+    with pytest.raises(ValueError, match=f"line 3 of {folder}/records.jsonl") as caught:
+        records[2]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_member_that_the_system_gives_in_pieces_is_read_whole(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = webdataset.read(packed)
+    whole = records.clip(0, num_frames=2).frames_THWC
+    pread = os.pread  # of which one call gives no more than 2 GiB
+    monkeypatch.setattr(os, "pread", lambda number, size, at: pread(number, min(size, 1000), at))
+    assert np.array_equal(records.clip(0, num_frames=2).frames_THWC, whole)
+
+
 def test_a_member_that_names_other_files_reaches_none(
     emoji: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +458,59 @@ def test_a_connection_that_breaks_off_is_made_again(
     assert site.asked["shard-000000.tar"] == 3
     ours = webdataset.read(packed).clip(0, num_frames=2)
     assert np.array_equal(there.clip(0, num_frames=2).frames_THWC, ours.frames_THWC)
+
+
+def test_a_connection_that_gets_further_each_time_is_made_again_as_often_as_it_takes(
+    site: Site,
+) -> None:
+    there = webdataset.read(f"{site.url}/")
+    site.failing["shard-000000.tar"] = 7  # of four tries that get no further
+    there.fetch(0)
+    site.whole.add("shard-000001.tar")  # from its beginning: no further than half
+    site.failing["shard-000001.tar"] = 7
+    second = next(i for i in range(12) if "shard-000001" in str(there[i].video))
+    with pytest.raises(ValueError, match="shard-000001.tar cannot be fetched .the connection"):
+        there.fetch(second)
+
+
+def test_whatever_the_network_does_is_tried_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = webdataset.read(f"{site.url}/")
+    faults: list[Exception] = [
+        ssl.SSLError("bad record"), OSError(errno.EHOSTUNREACH, "No route to host"),
+        http.client.IncompleteRead(b""),
+    ]  # fmt: skip
+    read = http.client.HTTPResponse.read
+
+    def failing(answer: http.client.HTTPResponse, amount: int | None = None) -> bytes:
+        if faults:
+            raise faults.pop()
+        return read(answer, amount)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", failing)
+    there.fetch(0)
+    faults += [OSError(errno.EHOSTUNREACH, "No route to host")] * 9
+    with pytest.raises(ValueError, match="http://.*/shard-.*.tar cannot be fetched .*No route"):
+        there.fetch(11)
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_choose_another(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = webdataset.read(f"{site.url}/")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="cannot write to .*set FLUXCLIP_CACHE"):
+            there.fetch(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    there.fetch(0)  # goes on from there
+    monkeypatch.setenv("FLUXCLIP_CACHE", "/proc/x")
+    for name in ("", "shard-000000.tar"):
+        with pytest.raises(OSError, match="cannot write to /proc/x/shards.*set FLUXCLIP_CACHE"):
+            webdataset.read(f"{site.url}/{name}")
 
 
 def test_the_shard_that_comes_next_is_fetched_meanwhile(site: Site) -> None:
@@ -553,13 +682,122 @@ def test_other_settings_other_pairs_and_other_things_are_refused(
         shards.write(str(pairs), tmp_path / "new", side=8)
 
 
+def test_files_of_the_user_stay_whatever_they_are_called(
+    pairs: Path, packed: Path, tmp_path: Path
+) -> None:
+    folder = copied(packed, tmp_path / "shards")
+    for name in ("mine.tar", "film.mkv.part", "shard-000099.tar"):
+        (folder / name).write_text(name)
+    shards.write(str(pairs), folder, side=96, shard_mb=SHARD_MB)
+    changed(folder, complete=False)
+    shards.write(str(pairs), folder, side=96, shard_mb=SHARD_MB)
+    mine = {path.name: path.read_text() for path in folder.iterdir() if path.suffix != ".json"
+            and path.name not in contents(packed)}  # fmt: skip
+    assert set(mine) == {"mine.tar", "film.mkv.part", "shard-000099.tar"}
+    assert all(name == text for name, text in mine.items())
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "film.mkv.part").touch()
+    with pytest.raises(ValueError, match="holds other things .film.mkv.part"):
+        shards.write(str(pairs), tmp_path / "parts")
+
+
+def test_offsets_that_were_lost_are_written_again(
+    pairs: Path, packed: Path, tmp_path: Path
+) -> None:
+    folder = copied(packed, tmp_path / "shards")
+    (folder / "records.offsets").unlink()
+    with pytest.raises(FileNotFoundError, match="write it again"):
+        webdataset.read(folder)
+    shards.write(str(pairs), folder, side=96, shard_mb=SHARD_MB)
+    assert contents(folder) == contents(packed)
+
+
 def test_too_many_broken_videos_end_it(pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 of 13 pairs are broken, more than 5%.*bad.mp4"):
+    with pytest.raises(ValueError, match="1 of 13 .* more than 5%.*bad.mp4.*raise --most-broken"):
         shards.write(str(pairs), tmp_path / "a", side=32, most_broken=0.05)
     alone = pairs.with_name("alone.json")
     alone.write_text(json.dumps([{"video": "gone.mp4", "caption": "x"}]))
-    with pytest.raises(ValueError, match="no video of the 1 pairs can be read.*no such file"):
-        shards.write(str(alone), tmp_path / "b", most_broken=1)
+    for _ in range(2):  # the second time it was found before
+        with pytest.raises(ValueError, match="no video of the 1 .*the first gone.mp4: no such fil"):
+            shards.write(str(alone), tmp_path / "b", most_broken=1)
+    with pytest.raises(ValueError, match="most_broken must be a share from 0 to 1, not 10"):
+        shards.write(str(alone), tmp_path / "c", most_broken=10)
+
+
+def test_pairs_of_one_missing_video_all_count(pairs: Path, tmp_path: Path) -> None:
+    items = json.loads(pairs.read_text("utf-8"))[:2]
+    gone = [{"video": "gone.mp4", "caption": f"{number}"} for number in range(5)]
+    name = pairs.with_name("one_missing.json")
+    name.write_text(json.dumps(items + gone), "utf-8")
+    written = shards.write(f"{name}?caption=caption", tmp_path / "s", copy=True, most_broken=1)
+    assert (written.records, written.num_skipped) == (2, 5)
+    assert list(written.skipped) == ["gone.mp4"]
+
+
+def test_pairs_without_files_and_folders_are_no_videos(
+    pairs: Path, packed: Path, tmp_path: Path
+) -> None:
+    for source, name in (("synthetic", "20"), ("webdataset", str(packed))):
+        with pytest.raises(ValueError, match=f"source '{source}' have no files of their own"):
+            shards.write(name, tmp_path / "s", source=source)
+    pairs.with_name("film.mp4.chunks").mkdir()
+    chunked = pairs.with_name("chunked.json")
+    chunked.write_text(json.dumps([{"video": "film.mp4.chunks", "caption": "x"}]))
+    with pytest.raises(ValueError, match="film.mp4.chunks: it is a folder; shards take files"):
+        shards.write(str(chunked), tmp_path / "s", most_broken=1)
+
+
+def listed(pairs: Path, *names: str) -> Path:
+    """The clips of the pairs, and others after the third."""
+    items = [item for item in json.loads(pairs.read_text("utf-8"))[:9] if item["caption"] != "bad"]
+    items[3:3] = [{"video": name, "caption": "x"} for name in names]
+    path = pairs.with_name(f"{'-'.join(names)}.json")
+    path.write_text(json.dumps(items), "utf-8")
+    return path
+
+
+CRASHING = "data_sources.crashing_source"
+
+
+def test_a_video_that_crashes_or_hangs_its_decoder_is_skipped(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    (pairs.with_name("segfault.mp4")).write_bytes(b"")
+    os.mkfifo(pairs.with_name("hang.mp4"))
+    written = shards.write(
+        str(listed(pairs, "segfault.mp4", "hang.mp4")), tmp_path / "s", copy=True, workers=2,
+        source=CRASHING, timeout_s=5, most_broken=0.5,
+    )  # fmt: skip
+    assert written.skipped == {
+        "segfault.mp4": "its decoder crashed (SIGSEGV)",
+        "hang.mp4": "its decoder gave nothing for 5 s",
+    }
+    shards.write(str(listed(pairs)), tmp_path / "good", copy=True)
+    there, good = webdataset.read(tmp_path / "s"), webdataset.read(tmp_path / "good")
+    assert [r.captions for r in there] == [r.captions for r in good]
+
+
+def test_a_worker_that_is_killed_is_not_the_fault_of_a_video(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    (pairs.with_name("killed.mp4")).write_bytes(b"")
+    with pytest.raises(ChildProcessError, match="ended .SIGKILL. as it read .*killed.mp4"):
+        shards.write(
+            str(listed(pairs, "killed.mp4")), tmp_path / "s", copy=True, workers=1,
+            source=CRASHING,
+        )  # fmt: skip
+
+
+def test_no_shard_is_larger_than_asked(pairs: Path, tmp_path: Path) -> None:
+    shards.write(str(pairs), tmp_path / "s", copy=True, shard_mb=0.06144)
+    several = 0
+    for path in (tmp_path / "s").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            several += (more := len(tar.getmembers()) > 2)
+        assert not more or path.stat().st_size <= 61_440
+    assert several
 
 
 def test_copies_are_the_files_bit_for_bit(pairs: Path, tmp_path: Path) -> None:

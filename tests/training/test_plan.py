@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from small_run import QUIET, read
 
+from fluxclip.data.shards import write
 from fluxclip.training.forward import Forward
 from fluxclip.training.loop import dataset, train
 from fluxclip.training.plan import kept_for_backward, plan
@@ -62,6 +63,17 @@ def test_every_missing_file_is_listed(changes: list[str], tmp_path: Path) -> Non
     assert any(line.startswith("trained: ") for line in found.lines)
 
 
+def test_of_shards_the_missing_ones_are_listed(changes: list[str], tmp_path: Path) -> None:
+    """And not the pairs in them, of which there may be thousands."""
+    write(str(tmp_path / "train.json"), tmp_path / "shards", copy=True, shard_mb=0.1)
+    shards = sorted((tmp_path / "shards").glob("*.tar"))
+    assert 3 <= len(shards) < 16
+    for gone in shards[1:]:
+        gone.unlink()
+    named = ["data.0.source=webdataset", f"data.0.annotations={tmp_path / 'shards'}"]
+    assert plan(read([*changes, *named])).missing == shards[1:]
+
+
 def test_wrong_files_are_an_error_as_in_a_run(changes: list[str], tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(ValueError, match="is an empty list"):
@@ -72,5 +84,5 @@ def test_of_many_records_some_are_looked_at(changes: list[str]) -> None:
     """A source that is no file, and has more records than can be walked at every start."""
     named = ["data.0.source=synthetic", "data.0.annotations=3000000?stills=0.25&side=64"]
     text = "\n".join(plan(read([*changes, *named, "data.0.cache_frames=0"])).lines)
-    assert "data: 3000000?stills=0.25&side=64, 3,000,000 records, 8 a step, 0.0 epochs" in text
+    assert "data: 3000000, 3,000,000 records, 8 a step, 0.0 epochs" in text
     assert "; missing files and stills by 10,000 of them" in text

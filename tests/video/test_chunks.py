@@ -7,8 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import numpy as np
 import pytest
 from video_files import grey_pictures, level_of, on_screen, remux, write_video
 
-from fluxclip.data.sources import annotations
+from fluxclip.data.loader import Augment, Source, Steps
+from fluxclip.data.sources import MissingFiles, annotations, missing
+from fluxclip.tokens.budget import FluxSampling
 from fluxclip.video import VideoError, probe, read_clip
-from fluxclip.video.chunk_writer import find, write
+from fluxclip.video.chunk_writer import Report, find, write
 from fluxclip.video.chunks import TABLE, Settings, contents
 
 FIVE_SECONDS = Settings(seconds=5)
@@ -224,6 +229,51 @@ def test_killed_and_run_again_it_goes_on(film: Path, long_video: Path, tmp_path:
     assert (report.written, report.kept) == ([], [folder])
 
 
+def test_never_more_threads_write_than_workers(long_video: Path, tmp_path: Path) -> None:
+    videos = [Path(shutil.copy(long_video, tmp_path / f"{i}.mp4")) for i in range(2)]
+    writers: set[str] = set()
+    dones = [0]
+
+    def progress(done: int, total: int) -> None:
+        if done > dones[-1]:
+            dones.append(done)
+            writers.add(threading.current_thread().name)
+
+    write(find(videos, tmp_path), settings=Settings(seconds=5), workers=3, progress=progress)
+    assert dones == list(range(17))
+    assert len(writers) <= 3
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"format": 2}, "begun by another version"),
+        ({"coding": {"crf": "30"}}, "begun by another version"),
+        ({"source": {}}, "damaged"),
+        ({"settings": [1]}, "damaged"),
+        (None, "damaged"),
+    ],
+)
+def test_a_begun_folder_that_cannot_be_gone_on_with_is_one_line(
+    long_video: Path, tmp_path: Path, header: dict[str, object] | None, reason: str
+) -> None:
+    folder, part = tmp_path / "v.chunks", tmp_path / ".v.chunks.part"
+    with pytest.raises(KeyboardInterrupt):
+        write([(long_video, folder)], settings=Settings(), progress=_stop)
+    begun = json.loads((part / TABLE).read_text())
+    (part / TABLE).write_text(json.dumps({} if header is None else begun | header))
+    failed = write([(long_video, folder)], settings=Settings()).failed[str(long_video)]
+    assert reason in failed and f"{part}: " in failed and "remove" in failed
+    assert "\n" not in failed
+    shutil.rmtree(part)
+    assert write([(long_video, folder)], settings=Settings()).written == [folder]
+
+
+def _stop(done: int, total: int) -> None:
+    if done:
+        raise KeyboardInterrupt
+
+
 def test_a_broken_video_stops_no_other_and_leaves_nothing(long_video: Path, tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -252,6 +302,35 @@ def test_two_processes_do_not_make_the_same(film: Path, tmp_path: Path) -> None:
     assert "another process" in report.failed[str(film)]
     assert process.wait() == 0
     assert write(find([film], tmp_path), settings=Settings(side=64)).kept != []
+
+
+def test_whoever_comes_while_it_is_finished_finds_it_made_or_waits(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", grey_pictures(5))
+    for number in range(10):
+        folder = tmp_path / str(number) / "v.chunks"
+        with ThreadPoolExecutor(12) as pool:
+            found: list[Future[Report]] = []
+            progress = partial(_come, pool, found, video, folder)
+            assert write([(video, folder)], settings=Settings(), progress=progress).failed == {}
+        reports = [job.result() for job in found]
+        assert len(reports) >= 12
+        for report in reports:
+            assert report.kept == [folder] or "another process makes" in report.failed[str(video)]
+        assert list(folder.parent.iterdir()) == [folder]
+
+
+def _come(
+    pool: ThreadPoolExecutor, found: list[Future[Report]], video: Path, folder: Path,
+    done: int, total: int,
+) -> None:  # fmt: skip
+    """When all chunks are done, begin to make the same, one after the other."""
+
+    def again(after_s: float) -> Report:
+        time.sleep(after_s)
+        return write([(video, folder)], settings=Settings())
+
+    if done:
+        found += [pool.submit(again, place / 2000) for place in range(12)]
 
 
 def test_a_full_disk_is_one_line_and_going_on_completes(long_video: Path, tmp_path: Path) -> None:
@@ -307,9 +386,10 @@ def test_videos_of_one_name_do_not_collide(long_video: Path, tmp_path: Path) -> 
     ("harm", "reason"),
     [
         (lambda folder: _edit(folder, format=2), "is of format 2, and this version reads 1"),
-        (lambda folder: (folder / "000010.mp4").unlink(), "its chunk 000010.mp4 is missing"),
-        (lambda folder: (folder / TABLE).unlink(), f"without {TABLE}"),
+        (lambda folder: (folder / "000010.mp4").unlink(), "000010.mp4: a chunk that is missing"),
+        (lambda folder: (folder / TABLE).unlink(), f"{TABLE}: not there"),
         (lambda folder: (folder / TABLE).write_text("{"), "damaged"),
+        (lambda folder: (folder / TABLE).write_text("{}"), "damaged"),
         (lambda folder: _edit(folder, tick=[0, 1]), "damaged"),
         (lambda folder: _edit(folder, chunks=[]), "damaged"),
     ],
@@ -320,17 +400,48 @@ def test_a_folder_that_is_not_sound_is_one_line(
     copy = Path(shutil.copytree(made, tmp_path / "film.chunks"))
     assert callable(harm)
     harm(copy)
-    pairs = tmp_path / "pairs.json"
-    pairs.write_text(json.dumps([{"video": "film.chunks", "caption": "a film"}]))
-    for use in (
-        lambda: probe(copy),
-        lambda: read_clip(copy, num_frames=2),
-        lambda: annotations.read(pairs),
-    ):
+    for use in (lambda: probe(copy), lambda: read_clip(copy, num_frames=2)):
         with pytest.raises(ValueError, match="fluxclip chunk") as caught:
             use()
         message = str(caught.value)
         assert reason in message and str(copy) in message and "\n" not in message
+
+
+def test_a_table_is_parsed_once_and_anew_when_it_changes(made: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "film.chunks"))
+    assert contents(copy) is contents(copy)
+    _edit(copy, fps=12.0)
+    assert (contents(copy).info.fps, contents(made).info.fps) == (12.0, 24.0)
+    (copy / "000010.mp4").unlink()
+    with pytest.raises(VideoError, match="000010"):
+        contents(copy)
+
+
+def test_a_folder_that_is_not_whole_is_a_file_that_is_missing(
+    made: Path, film: Path, tmp_path: Path
+) -> None:
+    """It is counted and no reason to stop, but that another version wrote it may be so of all."""
+    copies = [Path(shutil.copytree(made, tmp_path / f"{name}.chunks")) for name in "abc"]
+    (copies[0] / "000010.mp4").unlink()
+    (copies[1] / TABLE).unlink()
+    pairs = tmp_path / "pairs.json"
+    videos = [film, *copies, copies[0]]
+    pairs.write_text(json.dumps([{"video": str(v), "caption": "a film"} for v in videos]))
+    records = annotations.read(pairs, check_files=False)
+    assert missing(records) == [copies[0] / "000010.mp4", copies[1] / TABLE]
+    with pytest.raises(MissingFiles, match=r"2 of 4 .*a\.chunks/000010\.mp4") as caught:
+        annotations.read(pairs)
+    assert caught.value.share == 0.5
+
+    sampling = FluxSampling((2, 4, 1), (28, 56, 28), (4, 64), (16, 8))
+    data = Steps([Source(records, 4)], sampling, Augment(), seed=1)
+    found = {path: fault for number in range(3) for path, fault in data[number].unreadable.items()}
+    assert found.keys() == {str(copies[0]), str(copies[1])}
+    assert {fault.kind for fault in found.values()} == {"damaged"}
+
+    _edit(copies[2], format=2)
+    with pytest.raises(VideoError, match="is of format 2, .*fluxclip chunk"):
+        annotations.read(pairs)
 
 
 def _edit(folder: Path, **changes: object) -> None:

@@ -150,3 +150,4 @@ def test_files_that_are_no_images(tmp_path: Path, emoji: Path) -> None:
         with pytest.raises(VideoError, match=reason) as caught:
             read_clip(path, num_frames=1)
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+        assert (caught.value.kind == "truncated") == (path == cut)

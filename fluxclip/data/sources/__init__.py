@@ -18,7 +18,8 @@ import numpy as np
 
 from fluxclip import plugins
 from fluxclip.data.order import Groups
-from fluxclip.video import Clip, VideoInfo, is_image, is_there, probe, read_clip
+from fluxclip.video import Clip, VideoError, VideoInfo, is_image, is_there, probe, read_clip
+from fluxclip.video.chunks import OtherFormat
 
 _WHOLE = 2**28  # bytes of a file that are looked at for its fingerprint: all up to so many,
 _PIECES, _PIECE = 64, 2**20  # else so many pieces of so many bytes
@@ -82,6 +83,10 @@ class Records(Sequence[Record]):
         """
         return is_there(self[index].video)
 
+    def file(self, index: int) -> Path:
+        """The file that a pair's video is read from: itself, or what holds many of them."""
+        return self[index].video
+
     def info(self, index: int) -> VideoInfo:
         """Duration and size of a pair's video; VideoError or OSError if it cannot be read."""
         return probe(self[index].video)
@@ -110,7 +115,8 @@ def files(kind: str, name: str) -> list[Path]:
 def fingerprint_of(kind: str, name: str) -> str:
     """What tells the data that a name stands for from others: a hash; the name if that is no file.
 
-    A source may have its own `identity(name) -> str`, where hashing its files takes too long.
+    A source may have its own `identity(name) -> str`, where hashing its files takes too long or
+    does not tell all.
     """
     module = plugins.load("fluxclip.data.sources", kind)
     if hasattr(module, "identity"):
@@ -127,6 +133,14 @@ def located(kind: str, name: str, *, folder: Path) -> str:
     return f"{(folder / path).resolve()}{mark}{settings}"
 
 
+def shown(name: str) -> str:
+    """A source's name as people are told it, the end of what is before its "?".
+
+    What follows there may be a secret that an address is signed with.
+    """
+    return Path(name.partition("?")[0]).name
+
+
 def looked_at(size: int) -> range:
     """Which of `size` records stand for all: all up to 100,000, else about 10,000 of them."""
     return range(0, size, 1 if size <= 100_000 else size // 10_000)
@@ -141,9 +155,21 @@ class MissingFiles(FileNotFoundError):
 
 
 def missing(records: Records) -> list[Path]:
-    """Files of records that are not there, each once; of the records that are looked at."""
-    there = looked_at(len(records))
-    return list(dict.fromkeys(records[i].video for i in there if not records.is_there(i)))
+    """Files of records that are not there, each once; of the records that are looked at.
+
+    Of a folder of chunks that is not whole it is the file in it that is at fault. Raises
+    VideoError for one that another version wrote, as then all may be.
+    """
+    gone: list[Path] = []
+    for i in looked_at(len(records)):
+        try:
+            if not records.is_there(i):
+                gone.append(records.file(i))
+        except OtherFormat:
+            raise
+        except VideoError as error:
+            gone.append(error.path)
+    return list(dict.fromkeys(gone))
 
 
 def split_settings(name: str, *, known: Sequence[str]) -> tuple[str, dict[str, str]]:

@@ -76,7 +76,7 @@ def prepared(
     name, state = _hash(source), _hash([_VERSION, state])
     place = cache_folder() / "annotations"
     path = place / f"{re.sub(r'[^A-Za-z0-9-]', '_', title)[:60]}-{name[:16]}.arrow"
-    with _writing(place):
+    with writing(place):
         place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))
         lock.acquire()  # one process of a job prepares, the others wait
@@ -102,16 +102,16 @@ def _write(path: Path, tables: Iterable["pa.Table"], *, state: str) -> int:
     partial, num_rows = path.with_suffix(".partial"), 0
     try:
         with ExitStack() as stack:
-            with _writing(path.parent):
+            with writing(path.parent):
                 file = stack.enter_context(pa.OSFile(str(partial), "wb"))
                 metadata = {_STATE: state.encode()}
                 writer = pa.ipc.new_file(file, schema().with_metadata(metadata))
             for table in tables:
                 num_rows += len(table)
                 for start in range(0, len(table), ROWS):
-                    with _writing(path.parent):
+                    with writing(path.parent):
                         writer.write_table(table.slice(start, ROWS).combine_chunks())
-            with _writing(path.parent):
+            with writing(path.parent):
                 writer.close()
         if num_rows:
             partial.replace(path)
@@ -121,7 +121,7 @@ def _write(path: Path, tables: Iterable["pa.Table"], *, state: str) -> int:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Let an error say that it is about the cache folder, and how to choose another."""
     try:
         yield

@@ -109,7 +109,10 @@ def _checked(
 ) -> Iterator["pa.Table"]:
     import pyarrow as pa
 
-    there = list(dataset.column_names or next(iter(dataset.take(1)), {}))
+    try:
+        there = list(dataset.column_names or next(iter(dataset.take(1)), {}))
+    except Exception as error:  # JSON, for one, has no columns before a row of it is read
+        raise ValueError(f"{what} cannot be read: {_line(error)}") from error
     for column in columns:
         refuse_no_column(column, there, what)
     family = ["family"] if "family" in there and "family" not in columns else []

@@ -10,8 +10,9 @@ Arrow and from then on mapped into memory: processes share it, and opening it ta
 """
 
 import csv
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,21 @@ def files(name: str) -> list[Path]:
     return [] if name.startswith(_HUB) else [Path(name.partition("?")[0])]
 
 
+def identity(name: str) -> str:
+    """A hash of the file and, where they are not the usual ones, of the columns that are read.
+
+    A data set of the hub, and a file that is not there, are told from others by name. Where the
+    videos are does not count: the same files may lie elsewhere. ValueError for unknown settings.
+    """
+    if name.startswith(_HUB):
+        return name
+    source, given = split_settings(name, known=_OF_FILES)
+    found, keys = fingerprint_of_file(Path(source)), _keys(given)
+    if not found or keys == _Keys():
+        return found or name
+    return hashlib.sha256(json.dumps([found, *keys]).encode()).hexdigest()
+
+
 def read(path: str | Path, *, check_files: bool = True, folder: Path | None = None) -> Records:
     """The records of an annotation file, in its order.
 
@@ -61,7 +77,7 @@ def read(path: str | Path, *, check_files: bool = True, folder: Path | None = No
     name = str(path)
     from_hub = name.startswith(_HUB)
     source, given = split_settings(name, known=_OF_HUB if from_hub else _OF_FILES)
-    keys = _Keys(given.get("video", "video"), given.get("caption", "caption"))
+    keys = _keys(given)
     home = Path() if from_hub else Path(source).parent
     folder = Path(given["folder"]) if "folder" in given else folder or home
     records: Sequence[Record]
@@ -79,6 +95,10 @@ def read(path: str | Path, *, check_files: bool = True, folder: Path | None = No
     if check_files:
         _require_files(found, source, folder)
     return found
+
+
+def _keys(given: Mapping[str, str]) -> _Keys:
+    return _Keys(given.get("video", "video"), given.get("caption", "caption"))
 
 
 def _of_file(path: Path, keys: _Keys, folder: Path) -> Sequence[Record]:

@@ -17,11 +17,13 @@ import json
 import mmap
 import os
 import re
+import shutil
 import tarfile
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from functools import cached_property
 from io import FileIO
 from itertools import groupby
@@ -44,7 +46,8 @@ from fluxclip.data.shards import (
     finish,
     read_index,
 )
-from fluxclip.data.sources import Record, Records, cache_folder, fingerprint_of_file
+from fluxclip.data.sources import Record, Records, fingerprint_of_file
+from fluxclip.data.sources._prepared import writing
 from fluxclip.stages import stage
 from fluxclip.video import Clip, VideoError, VideoInfo, probe, read_clip
 from fluxclip.video.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -52,6 +55,8 @@ from fluxclip.video.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 _SHOWN = 3  # missing shards named in an error
 _KEPT_OPEN = 6  # shards; more than an epoch's order uses at a time
 _MOST_TEXT = 2**24  # bytes of a member with captions
+_LISTING = 2  # how tar files are looked through; what was kept of another way is made anew
+_KNOWN = {field.name for field in fields(VideoInfo)} - {"path", "is_image"}
 
 
 def read(path: str | Path, *, check_files: bool = True) -> Records:
@@ -65,7 +70,7 @@ def read(path: str | Path, *, check_files: bool = True) -> Records:
     name = str(path)
     if _is_pattern(name):
         names = _expanded(name)
-        return _ShardRecords(_scan(names, name), None)
+        return _ShardRecords(_scan(names, name), None, pattern=name)
     if _is_address(name):
         return _read_remote(name, check_files=check_files)
     file = _index_file(name)
@@ -96,7 +101,7 @@ def identity(name: str) -> str:
     if _is_pattern(name):
         # not by marks: a copy on another machine is the same data
         found = _states(_expanded(name), name)
-        return _hash([(PurePosixPath(name).name, state.bytes) for name, state in found.items()])
+        return _hash([(PurePosixPath(_bare(n)).name, state.bytes) for n, state in found.items()])
     if _is_address(name):
         return hashlib.sha256(remote.small(_index_address(name))).hexdigest()
     return fingerprint_of_file(_index_file(name))
@@ -104,6 +109,11 @@ def identity(name: str) -> str:
 
 def _is_address(name: str) -> bool:
     return name.startswith(("http://", "https://"))
+
+
+def _bare(name: str) -> str:
+    """A name without what follows the "?" of an address: it may be a secret, and soon another."""
+    return name.partition("?")[0] if _is_address(name) else name
 
 
 def _is_pattern(name: str) -> bool:
@@ -161,7 +171,7 @@ class _Lines(Sequence[Record]):
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self._starts) != index.records + 1 or self._starts[-1] != len(self._bytes):
             raise ValueError(f"{folder / OFFSETS} is not of {RECORDS}: write the shards again")
-        self._shards, self._shown = index.shards, shown
+        self._shards, self._shown, self._path = index.shards, shown, folder / RECORDS
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -182,28 +192,63 @@ class _Lines(Sequence[Record]):
         )
 
     def line(self, index: int) -> dict[str, Any]:
-        """What is known of a pair, as its line says."""
+        """What is known of a pair, as its line says. Raises ValueError if that cannot be true."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        start, stop = self._starts[index % len(self) :][:2].tolist()
-        line: dict[str, Any] = json.loads(self._bytes[start:stop])
-        return line
+        number = index % len(self)
+        start, stop = self._starts[number:][:2].tolist()
+        line: Any = None
+        with suppress(ValueError, RecursionError):
+            line = json.loads(self._bytes[start:stop])
+        if not _is_sound(line, self._shards):
+            raise ValueError(
+                f"line {number + 1:,} of {self._path} is none of these shards: write them again"
+            )
+        found: dict[str, Any] = line
+        return found
+
+
+def _is_sound(line: Any, shards: Sequence[Shard]) -> bool:
+    """Whether a line tells of a pair all that is needed, and its video lies in a shard."""
+    if not isinstance(line, dict):
+        return False
+    place: list[Any] = [line.get(key) for key in ("shard", "offset", "bytes")]
+    captions, info = line.get("captions"), line.get("info")
+    return (
+        all(type(value) is int and value >= 0 for value in place)
+        and place[0] < len(shards)
+        and place[1] + place[2] <= shards[place[0]].bytes
+        and isinstance(line.get("name"), str)
+        and isinstance(line.get("family"), str | None)
+        and isinstance(captions, list)
+        and captions != []
+        and all(isinstance(caption, str) for caption in captions)
+        and (info is None or _is_info(info))
+    )
+
+
+def _is_info(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == _KNOWN
+        and all(isinstance(number, int | float | None) for number in value.values())
+    )
 
 
 class _ShardRecords(Records):
     """Pairs whose videos are members of tar files.
 
-    folder: where the lists are. base: before the names of shards, to find them; they are whole
-    paths or addresses where it is None.
+    folder: where the lists are. base: before the names of shards, to find them. Where it is None
+    they are whole paths or bare addresses, and `pattern` stands for the addresses to ask.
     """
 
-    def __init__(self, folder: Path, base: str | None) -> None:
-        self._folder, self._base = folder, base
+    def __init__(self, folder: Path, base: str | None, *, pattern: str = "") -> None:
+        self._folder, self._base, self._pattern = folder, base, pattern
         self._open: dict[int, FileIO] = {}
         self._expected: int | None = None  # the shard being fetched in the background, or the last
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_folder": self._folder, "_base": self._base}
+        own = {"_folder": self._folder, "_base": self._base, "_pattern": self._pattern}
         return {**own, "_open": {}, "_expected": None}
 
     @cached_property
@@ -225,10 +270,10 @@ class _ShardRecords(Records):
         return any(_is_address(self._address(number)) for number in range(len(self._index.shards)))
 
     @cached_property
-    def groups(self) -> Groups | None:  # type: ignore[override]
-        """Of shards that have to be fetched first, the pairs of each that has some."""
+    def groups(self) -> Groups:  # type: ignore[override]
+        """The pairs of each shard that has some, wherever it lies: the order is the same."""
         sizes = [shard.records for shard in self._index.shards]
-        return Groups(np.cumsum([0, *filter(None, sizes)])) if self._is_remote else None
+        return Groups(np.cumsum([0, *filter(None, sizes)]))
 
     def fetch(self, index: int) -> None:
         """Have the shard of a pair here, and open: no other process can take it away then."""
@@ -255,6 +300,10 @@ class _ShardRecords(Records):
         address = self._address(self._lines.line(index)["shard"])
         return _is_address(address) or Path(address).is_file()
 
+    def file(self, index: int) -> Path:
+        """The shard that a pair is in."""
+        return Path(_bare(self._address(self._lines.line(index)["shard"])))
+
     def info(self, index: int) -> VideoInfo:
         line, video = self._lines.line(index), self[index].video
         if known := line.get("info"):
@@ -269,7 +318,7 @@ class _ShardRecords(Records):
         """A member's bytes; VideoError if they are not what was written."""
         with stage("read"):
             shard = self._opened(line["shard"])
-            content = os.pread(shard.fileno(), line["bytes"], line["offset"])
+            content = _read_at(shard, line["offset"], line["bytes"])
             if len(content) < line["bytes"]:
                 raise VideoError(video, "its shard ends before it", kind="truncated")
             if "crc32" in line and zlib.crc32(content) != line["crc32"]:
@@ -297,11 +346,29 @@ class _ShardRecords(Records):
         self._open[number] = opened
         return opened
 
+    @cached_property
+    def _asked(self) -> list[str]:
+        """The shards of a pattern behind an address, with what follows its "?" now."""
+        return _expanded(self._pattern)
+
     def _address(self, number: int) -> str:
+        if _is_address(self._pattern):
+            return self._asked[number]
         name = self._index.shards[number].name
         if self._base is None:
             return name
         return _beside(self._base, name) if _is_address(self._base) else f"{self._base}/{name}"
+
+
+def _read_at(file: FileIO, offset: int, size: int) -> bytes:
+    """Bytes of a file from `offset` on, if it has them; one call gives no more than 2 GiB."""
+    content = os.pread(file.fileno(), size, offset)
+    while len(content) < size:
+        more = os.pread(file.fileno(), size - len(content), offset + len(content))
+        if not more:
+            break
+        content += more
+    return content
 
 
 def _beside(base: str, name: str) -> str:
@@ -316,10 +383,11 @@ def _read_remote(name: str, *, check_files: bool) -> Records:
     content = remote.small(address)
     parts = urlsplit(address)
     base = urlunsplit(parts._replace(path=parts.path.rpartition("/")[0]))
-    folder = cache_folder() / "shards" / hashlib.sha256(content).hexdigest()
+    folder = remote.shards_folder() / hashlib.sha256(content).hexdigest()
     if not (folder / INDEX).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _put(folder / INDEX, content)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            _put(folder / INDEX, content)
     index = _complete(read_index(folder / INDEX, name=name), name)
     for list_name in (RECORDS, OFFSETS):
         if not (folder / list_name).is_file():
@@ -327,7 +395,9 @@ def _read_remote(name: str, *, check_files: bool) -> Records:
                 _beside(base, list_name), sha256=index.sha256[list_name],
                 num_bytes=index.lengths[list_name], suffix=Path(list_name).suffix,
             )  # fmt: skip
-            os.replace(fetched, folder / list_name)
+            # a link: processes that start at once are all handed the one file
+            with writing(folder), suppress(FileExistsError):
+                (folder / list_name).symlink_to(Path("..", fetched.name))
     if check_files:
         urls = [_beside(base, shard.name) for shard in index.shards]
         for url, shard, found in zip(urls, index.shards, remote.describe(urls), strict=True):
@@ -381,43 +451,60 @@ def _hash(value: object) -> str:
 
 
 def _scan(names: list[str], pattern: str) -> Path:
-    """A folder with lists of the pairs in tar files: made once for the same files."""
+    """A folder with lists of the pairs in tar files: made once for the same files.
+
+    One process makes it, the others wait.
+    """
+    from filelock import FileLock
+
     names = [name if _is_address(name) else str(Path(name).absolute()) for name in names]
     described = _states(names, pattern)
-    key = _hash([VERSION, described])
-    folder = cache_folder() / "shards" / key
+    key = _hash([VERSION, _LISTING, [(_bare(name), described[name]) for name in names]])
+    folder = remote.shards_folder() / key
     if (folder / INDEX).is_file():
         return folder
-    making = folder.with_name(f"{key}.{os.getpid()}")
-    making.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    with writing(folder):
+        lock.acquire()
+    making = folder.with_name(f"{key}.part")
+    try:
+        if not (folder / INDEX).is_file():
+            shutil.rmtree(making, ignore_errors=True)  # of a process that was killed
+            with writing(folder):
+                making.mkdir()
+            index = _listed(names, described, making / RECORDS, pattern)
+            with writing(folder):
+                finish(making, index)
+                making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+        lock.release()
+    return folder
+
+
+def _listed(
+    names: list[str], described: dict[str, remote.Described], path: Path, pattern: str
+) -> Index:
+    """Write the lines of all pairs in tar files. Raises ValueError if there is none."""
     shards: list[Shard] = []
-    with (making / RECORDS).open("wb") as lines:
-        for number, name in enumerate(names):
-            path, sha256 = Path(name), ""
-            if _is_address(name):
-                path, sha256 = remote.fetched_unknown(name, described[name])
-            pairs = list(_pairs(path, name))
-            for pair in pairs:
-                text = json.dumps({"shard": number, **pair}, ensure_ascii=False)
-                lines.write(text.encode("utf-8", "backslashreplace") + b"\n")
-            shards.append(Shard(name, path.stat().st_size, sha256, len(pairs)))
-        length = lines.tell()
+    for number, name in enumerate(names):
+        tar, sha256 = Path(name), ""
+        if _is_address(name):
+            tar, sha256 = remote.fetched_unknown(name, described[name])
+        pairs = list(_pairs(tar, _bare(name)))
+        lines = [json.dumps({"shard": number, **pair}, ensure_ascii=False) for pair in pairs]
+        text = "".join(f"{line}\n" for line in lines)
+        with writing(path.parent), path.open("ab") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+        shards.append(Shard(_bare(name), tar.stat().st_size, sha256, len(pairs)))
     num_records = sum(shard.records for shard in shards)
     if not num_records:
         raise ValueError(f"{pattern}: no pair of a video and its captions in {len(names)} shards")
-    index = Index(
+    return Index(
         format=FORMAT, version=VERSION, complete=False, settings={}, records=num_records,
-        skipped=0, following=num_records, lengths={RECORDS: length}, sha256={},
+        skipped=0, following=num_records, lengths={RECORDS: path.stat().st_size}, sha256={},
         shards=tuple(shards),
     )  # fmt: skip
-    finish(making, index)
-    try:
-        making.rename(folder)
-    except OSError:  # another process was quicker
-        for file in making.iterdir():
-            file.unlink()
-        making.rmdir()
-    return folder
 
 
 def _pairs(path: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -439,10 +526,27 @@ def _pairs(path: Path, name: str) -> Iterator[dict[str, Any]]:
                     "offset": video.offset_data, "bytes": video.size,
                     "name": PurePosixPath(video.name).name, "captions": captions, "family": family,
                 }  # fmt: skip
+            _require_end(path, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"{name} is no whole tar file without compression, which shards are ({error})"
         ) from error
+
+
+def _require_end(path: Path, offset: int) -> None:
+    """Raise ReadError unless nothing but zeros follows, and at least a block of them.
+
+    At a damaged member tarfile stops as it does at the end: pairs behind it would be lost unseen.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        piece = file.read(tarfile.BLOCKSIZE)
+        if len(piece) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it is cut off: its end is missing")
+        while piece:
+            if piece.strip(b"\0"):
+                raise tarfile.ReadError(f"no member begins at byte {offset:,}, nor does it end")
+            piece = file.read(2**20)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Videos through torchcodec, with the FFmpeg libraries of the system (versions 4 to 8).
+"""Videos through torchcodec, with the FFmpeg libraries of the system (versions 4 to 9).
 
 Whole pictures are converted to RGB before they are cut and scaled. Pictures that FFmpeg patched up
 after damage are taken for whole, which `pyav` refuses; a file that is cut short is refused as a
