@@ -315,7 +315,7 @@ def read(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
                     section[key] = f"{folder.resolve()}{mark}{tower}"
                     break
             else:
-                if name.startswith((".", "/")):
+                if key == "init" and name.startswith((".", "/")):
                     raise FileNotFoundError(
                         f"{path}: {key} = {section[key]!r}: there is no such folder; the head of "
                         f"the recipe may say how it is made"
