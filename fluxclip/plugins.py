@@ -36,9 +36,9 @@ def load(package: str, name: str) -> ModuleType:
                 f"cannot import {kind} {name!r}: {_cause(error)}; a dotted name must be a module "
                 "that Python finds (is its folder on PYTHONPATH?)"
             ) from error
-    # loaded before: reading clips asks for its decoder each time, and need not list the folder
-    if loaded := sys.modules.get(f"{package}.{name}"):
-        return loaded
+    # reading clips asks for a decoder each time, which need not list the folder
+    if f"{package}.{name}" in sys.modules:
+        return import_module(f"{package}.{name}")  # waits for a thread that is at it
     known = available(package)
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1)
