@@ -68,7 +68,14 @@ def main() -> None:
         code = 2
     if code == 130:
         say("fluxclip: stopped; what was finished is kept")
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # libraries of a job's processes have threads that can abort one while Python takes itself
+        # down, long after its work was done
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _notes(error: Exception) -> str:
