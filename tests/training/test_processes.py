@@ -150,12 +150,16 @@ def test_what_is_wrong_in_one_process_stops_all_with_one_line(
         assert not (tmp_path / "run").exists()
 
 
+def until_saved(processes: list[subprocess.Popen[str]], run: Path) -> None:
+    while not (run / "state" / "step-1").exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
 def test_a_signal_to_one_process_stops_all_alike(short: list[str], tmp_path: Path) -> None:
     both = start([sets([*short, "optimizer.steps=1000"])] * 2)
     try:
-        while not (tmp_path / "run" / "state" / "step-1").exists():
-            assert all(process.poll() is None for process in both)
-            time.sleep(0.05)
+        until_saved(both, tmp_path / "run")
         both[1].send_signal(signal.SIGTERM)
         ended = [process.communicate(timeout=120) for process in both]
     finally:
@@ -171,9 +175,7 @@ def test_a_process_that_dies_ends_the_job(short: list[str], tmp_path: Path) -> N
     """Killed outright, it can tell nobody; the other one ends within a minute and says so."""
     both = start([sets([*short, "optimizer.steps=1000"])] * 2)
     try:
-        while not (tmp_path / "run" / "state" / "step-1").exists():
-            assert all(process.poll() is None for process in both)
-            time.sleep(0.05)
+        until_saved(both, tmp_path / "run")
         both[1].kill()
         _, said = both[0].communicate(timeout=60)
     finally:

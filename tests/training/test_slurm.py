@@ -61,6 +61,16 @@ def end(job: subprocess.Popen[str]) -> None:
         os.killpg(job.pid, signal.SIGKILL)
 
 
+def finished(job: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a job said that ended by itself, and well."""
+    try:
+        said = job.communicate(timeout=240)
+    finally:
+        end(job)
+    assert job.returncode == 0, said
+    return said
+
+
 def test_a_job_that_is_stopped_queues_itself_and_goes_on(tmp_path: Path, emoji: Path) -> None:
     changes = [*small_run(tmp_path, emoji), "save_minutes=0", "validation.every=1000"]
     words = [str(DEMO), *(word for change in changes for word in ("--set", change))]
@@ -78,11 +88,7 @@ def test_a_job_that_is_stopped_queues_itself_and_goes_on(tmp_path: Path, emoji: 
     done = len(metrics(tmp_path / "run"))
     assert 0 < done < 40
     again = submit(tmp_path, words, restarts=1)
-    try:
-        said = again.communicate(timeout=240)
-    finally:
-        end(again)
-    assert again.returncode == 0, said
+    said = finished(again)
     assert "resumed after step" in said[1]
     assert len([row for row in metrics(tmp_path / "run") if "loss" in row]) == 40
     assert "requeue" not in (tmp_path / "scontrol.txt").read_text().splitlines()[-1]
@@ -92,11 +98,7 @@ def test_a_restart_before_the_first_state_starts_the_run(tmp_path: Path, emoji: 
     changes = [*small_run(tmp_path, emoji), "optimizer.steps=2", "optimizer.warmup_steps=1"]
     words = [str(DEMO), *(word for change in changes for word in ("--set", change))]
     job = submit(tmp_path, words, restarts=1)
-    try:
-        said = job.communicate(timeout=240)
-    finally:
-        end(job)
-    assert job.returncode == 0, said
+    finished(job)
     assert len([row for row in metrics(tmp_path / "run") if "loss" in row]) == 2
 
 
