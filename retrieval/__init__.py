@@ -1,25 +1,37 @@
 """Search videos: embedding -> index -> answer. A `Collection` is a folder, a `Hit` an answer."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .collection import AddReport, Collection, Hit
+    from .collection import AddReport, Collection
+    from .exchange import embed_shard
+    from .hits import preview, save_all, save_clip, thumbnail, write_csv
+    from .queries import Query
     from .query_encoder import export_text_encoder
+    from .search import Hit
 
-__all__ = ["AddReport", "Collection", "Hit", "export_text_encoder"]
+__all__ = [
+    "AddReport", "Collection", "Hit", "Query", "embed_shard", "export_text_encoder", "preview",
+    "save_all", "save_clip", "thumbnail", "write_csv",
+]  # fmt: skip
+
+_HOMES = {
+    "AddReport": "collection",
+    "Collection": "collection",
+    "Hit": "search",
+    "Query": "queries",
+    "embed_shard": "exchange",
+    "export_text_encoder": "query_encoder",
+    **dict.fromkeys(("preview", "save_all", "save_clip", "thumbnail", "write_csv"), "hits"),
+}
 
 
 def __getattr__(name: str) -> object:
     """Import the names above on first use, so that `import retrieval` itself costs nothing."""
-    if name == "export_text_encoder":
-        from .query_encoder import export_text_encoder
-
-        return export_text_encoder
-    if name in __all__:
-        from . import collection
-
-        return getattr(collection, name)
-    raise AttributeError(f"module 'retrieval' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retrieval' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -5,57 +5,39 @@ Shape legend: N segments or texts, D width of the model's vectors.
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
 
-from fluxclip.video import is_image
+from fluxclip.video import Cutting
 
-from .cache import IndexCache
+from . import exchange, reembed
+from .backends import Gpu
+from .cache import INDEX, IndexCache
+from .conditions import MetadataValue, Where, encode_metadata
+from .index_choice import AUTO, Wish, as_queries
 from .ingest import (
     Embedder,
-    Reader,
-    check_vectors,
     embed_sources,
+    embed_texts,
     find_sources,
     full_path,
+    gone_below,
     vector_problem,
 )
-from .query_encoder import FOLDER, QueryEncoder, export_text_encoder
-from .store import DATABASE, MetadataValue, SegmentRow, Store, encode_metadata, now, refuse_existing
-
-TEXTS_PER_BATCH = 256
-# Scores closer than this may come out of an index in either order, by rounding in single precision.
-_SCORE_ROUNDING = 1e-5
+from .queries import TEXTS_PER_BATCH, Query, ServingModel, as_mix, check_query_budget, load_embedder
+from .query_encoder import FOLDER, export_text_encoder
+from .schema import DATABASE, refuse_existing
+from .search import Hit, Searcher, Wanted
+from .store import Store, now
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Hit:
-    """An answer: [start_s, end_s) of a video (an image is [0, 0)), the best with the highest score.
-
-    id: of the segment, never reused. video: absolute path. score: cosine, -1 to 1 up to rounding.
-    metadata: of the video. A hit among texts has `video` "" and the text as `metadata["text"]`;
-    its id counts texts.
-    """
-
-    id: int
-    video: str
-    start_s: float
-    end_s: float
-    score: float
-    metadata: dict[str, MetadataValue] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same JSON from Python, the command line and a service."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -64,13 +46,16 @@ class AddReport:
 
     added: number of videos that are new or had changed. skipped: number that were there already.
     failed: path -> reason. named_failed: those of `failed` that were given by themselves, not
-    found in a folder or by a pattern.
+    found in a folder or by a pattern. moved: old path -> new path. missing: videos stored from the
+    folders given whose file is gone; they stay searchable unless `prune` removed them.
     """
 
     added: int
     skipped: int
     failed: dict[str, str] = field(default_factory=dict)
     named_failed: tuple[str, ...] = ()
+    moved: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,12 +83,13 @@ class Collection:
     can be: without loading it, and for everyone alike.
     """
 
-    def __init__(self, store: Store, model: Embedder | None = None) -> None:
+    def __init__(
+        self, store: Store, model: Embedder | None = None, *, gpu: Gpu | None = None
+    ) -> None:
         self._store = store
-        self._settings = store.settings()
-        self._cache = IndexCache(store)
-        if model is not None:
-            self.model = self._accept(model)
+        self._serving = ServingModel(store, model)
+        self._cache = IndexCache(store, gpu=gpu)
+        self._searcher = Searcher(store, self._cache)
 
     @classmethod
     def create(
@@ -112,13 +98,17 @@ class Collection:
         *,
         model: str | Path | Embedder,
         token_budget: int | None = None,
+        cut: Literal["windows", "shots"] = "windows",
         window_s: float = 10.0,
+        stride_s: float | None = None,
     ) -> "Collection":
         """Make a new folder for videos embedded by `model`, and open it.
 
         model: what `fluxclip.load_model` takes, or an object with an Embedder's members.
         token_budget: tokens per segment; None for all of the model's default grid.
-        window_s: videos longer than this many seconds are cut into windows of that length.
+        cut: longer videos are cut into windows of `window_s` seconds, one every `stride_s` (None:
+        `window_s`, without overlap), or into their "shots", and only shots longer than `window_s`
+        into windows. "shots" needs the extra of that name and reads videos from end to end.
         Raises FileExistsError if the path exists, ValueError for bad settings.
         """
         folder = Path(full_path(path))
@@ -127,9 +117,9 @@ class Collection:
             raise ValueError(
                 f"a token budget must be a whole number of tokens, 1 or more; got {token_budget!r}"
             )
-        if not 0 < window_s < float("inf"):
-            raise ValueError(f"window_s must be more than 0 seconds, got {window_s!r}")
-        embedder = _load(model)
+        cutting = Cutting(cut, float(window_s), None if stride_s is None else float(stride_s))
+        cutting.check_installed()
+        embedder = load_embedder(model)
         embedder.grid(token_budget)  # the model refuses a budget it cannot serve
         settings = {
             "collection_id": uuid4().hex,  # tells its index.faiss from another collection's
@@ -139,8 +129,8 @@ class Collection:
             "fingerprint": embedder.fingerprint,
             "dim": embedder.dim,
             "token_budget": token_budget,
-            "window_s": float(window_s),
-            "index": "Flat",
+            **asdict(cutting),
+            "index": AUTO,
         }
 
         def export(unfinished: Path) -> None:
@@ -153,9 +143,49 @@ class Collection:
         return cls(Store(folder), embedder)
 
     @classmethod
-    def open(cls, path: str | Path, *, model: str | Path | Embedder | None = None) -> "Collection":
+    def create_for(
+        cls,
+        path: str | Path,
+        files: str | Path | Sequence[str | Path],
+        *,
+        model: str | Path | Embedder | None = None,
+    ) -> "Collection":
+        """Make a new, empty folder into which `import_shards` can put these files, and open it.
+
+        model: the one that made their vectors, from where the files say it was unless given.
+        Raises what `create` does, and ValueError for another model, or one that is not there.
+        """
+        folder = Path(full_path(path))
+        refuse_existing(folder)  # before the model is loaded, which may take seconds
+        about = exchange.settings_of(_as_list(files))
+        source = about["model_source"] if model is None else model
+        try:
+            embedder = load_embedder(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the model {source!r} that made these files cannot be loaded; give it with "
+                f"model=... (--model): {error}"
+            ) from error
+        if embedder.fingerprint != about["fingerprint"]:
+            raise ValueError(
+                f"these files were made by {about['model_name']}@{about['fingerprint'][:6]}; "
+                f"this model is {embedder.name}@{embedder.fingerprint[:6]}"
+            )
+        settings = ("token_budget", "cut", "window_s", "stride_s")
+        return cls.create(folder, model=embedder, **{key: about[key] for key in settings})
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        model: str | Path | Embedder | None = None,
+        gpu: Gpu | None = None,
+    ) -> "Collection":
         """Open an existing collection, with the model it remembers unless one is given.
 
+        gpu: search on a copy of the index on this GPU, counted from 0, or shared among "all";
+        `index.faiss` stays what it is. OSError if FAISS can use none.
         Raises FileNotFoundError if there is no such folder, ValueError if it is no collection or
         was built by another model. Where there is no right to write, nobody else may write either
         while it is open: it is read as a file that does not change.
@@ -170,8 +200,8 @@ class Collection:
             if isinstance(model, str | Path):
                 # the remembered one need not be loaded to be known as the right one
                 source = os.path.abspath(model) if os.path.isdir(model) else str(model)
-                model = None if source == store.settings()["model_source"] else _load(model)
-            return cls(store, model)
+                model = None if source == store.settings()["model_source"] else load_embedder(model)
+            return cls(store, model, gpu=gpu)
         except BaseException:
             store.close()
             raise
@@ -182,39 +212,53 @@ class Collection:
         *,
         metadata: Mapping[str, MetadataValue] | None = None,
         recursive: bool = True,
+        prune: bool = False,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> AddReport:
         """Add files, folders and patterns (`*?[`): each video in one transaction of its own.
 
         A file that is there already, with the same path and content, adds nothing; one whose
         content has changed replaces its segments, under new ids. The same content under another
-        path is another video. A file that fails keeps what was stored of it before. Interrupted,
-        every finished video stays, and adding again goes on.
+        path is another video, unless the file that was stored is gone: then that one has moved,
+        and keeps its ids and metadata. A file that fails keeps what was stored of it before.
+        Interrupted or killed, every finished video stays, and adding again goes on; a power cut
+        may take the last ones away, whole.
 
         metadata: key -> text, number or bool, for every video of this call, also for those that
         are there already; merged with what they have.
+        prune: remove the videos that are reported as `missing`. Of a folder in which no video is
+        found none is missing: its disk may not be mounted.
         progress: called with (videos done, videos in all, path) after each.
         Raises ValueError if no video is found, OSError if another process writes.
         """
         encode_metadata(metadata)  # refuses a bad value before any work
-        sources = find_sources(_as_list(paths), recursive=recursive)
+        given = _as_list(paths)
+        sources = find_sources(given, recursive=recursive)
         added = skipped = 0
         failed: dict[str, str] = {}
         named_failed: list[str] = []
-        with self._store.sole_writer():
-            before = self._store.revision()
+        moved: dict[str, str] = {}
+        with self._store.sole_writer(), self._store.flushed_at_the_end():
+            self._serving.follow()
+            settings = self._serving.settings
+            before, known = self._store.revision(), self._store.files()
             finished = embed_sources(
                 sources,
-                known=self._store.files(),
+                known=known,
                 model=lambda: self.model,
-                token_budget=self._settings["token_budget"],
-                window_s=self._settings["window_s"],
+                token_budget=settings["token_budget"],
+                cutting=Cutting.of(settings),
             )
             with closing(finished):
                 for done, source in enumerate(finished, 1):
                     if source.error is not None:
                         failed[source.path] = source.error
                         named_failed += [source.path] if source.is_named else []
+                    elif source.moved_from is not None:
+                        moved[source.moved_from] = source.path
+                        self._store.move_video(
+                            source.moved_from, source.path, source.state, metadata
+                        )
                     elif not source.segments:
                         self._store.touch_video(source.path, source.state, metadata)
                         skipped += 1
@@ -227,12 +271,16 @@ class Collection:
                             np.stack(source.vectors),
                             metadata,
                         )
+                        source.vectors = []  # `sources` keeps it, not its vectors
                         added += 1
                     if progress is not None:
                         progress(done, len(sources), source.path)
+            missing = gone_below(given, sources, known.keys() - moved, recursive=recursive)
+            if prune and missing:
+                self._store.remove_videos(missing)
             if self._store.revision() != before:
                 self._refresh_cache()
-        return AddReport(added, skipped, failed, tuple(named_failed))
+        return AddReport(added, skipped, failed, tuple(named_failed), moved, tuple(sorted(missing)))
 
     def add_texts(self, texts: str | Sequence[str]) -> int:
         """Add texts to be found with `search(..., target="text")`; returns how many are new."""
@@ -240,18 +288,12 @@ class Collection:
         if not all(isinstance(text, str) and text.strip() for text in wanted):
             raise ValueError("a text to add must not be empty")
         with self._store.sole_writer():
-            held = {text for _, text in self._store.texts()[0]}
+            self._serving.follow()
+            held = self._store.known_texts(wanted)
             new = [text for text in wanted if text not in held]
             for at in range(0, len(new), TEXTS_PER_BATCH):
                 batch = new[at : at + TEXTS_PER_BATCH]
-                vectors_ND = check_vectors(self.model.embed_text(batch), len(batch), self.model)
-                for text, vector_D in zip(batch, vectors_ND, strict=True):
-                    if problem := vector_problem(vector_D):
-                        raise ValueError(
-                            f"model {self.model.name!r} gave a vector that is {problem} for the "
-                            f"text {text!r}"
-                        )
-                self._store.put_texts(batch, vectors_ND)
+                self._store.put_texts(batch, embed_texts(self.model, batch))
         return len(new)
 
     def search(
@@ -261,108 +303,296 @@ class Collection:
         video: str | Path | None = None,
         image: str | Path | None = None,
         vector: np.ndarray | None = None,
+        mix: Sequence[Query] | None = None,
         k: int = 10,
-        where: Mapping[str, MetadataValue] | None = None,
+        offset: int = 0,
+        where: Where | None = None,
+        min_score: float | None = None,
         group_by: Literal["video"] | None = None,
+        merge_gap_s: float | None = None,
         target: Literal["video", "text"] = "video",
+        token_budget: int | None = None,
     ) -> list[Hit]:
         """The k best answers to one query, the best first; equal scores by id.
 
-        Fewer than k where there are not that many. vector: (D,), any length but zero.
-        where: only videos with all of this metadata, equal in type and value. group_by="video":
-        only the best segment of each video. target="text": among the texts of `add_texts`.
-        Raises ValueError for k below 1, and for no query, an empty one, or more than one.
+        Fewer than k where there are not that many. vector: (D,), any length but zero. mix: queries
+        with weights; their directions are added up, negative weights lead away.
+        offset: leave out so many of the best, for the next page. While the collection does not
+        change, pages neither overlap nor leave out, up to the approximations of its index.
+        min_score: only these cosines and higher ones.
+        where: only videos whose metadata is as said here; see `retrieval.conditions.where_sql`.
+        merge_gap_s: hits of one video that overlap or are at most so many seconds apart become
+        one, with the id and score of the best, and others take their places in the list; what
+        ranks below the k-th is not looked at. Not with offset. group_by="video": only the best hit
+        of each video.
+        target="text": among the texts of `add_texts`.
+        token_budget: of a video or image that is looked for; None for the one of the collection.
+        Raises ValueError for k below 1, for no query, an empty one, or more than one, for a mix
+        that cancels, and for a token_budget without video or image.
         """
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k must be a whole number, 1 or more; got {k!r}")
-        if group_by not in (None, "video"):
-            raise ValueError(f'group_by must be "video" or None, got {group_by!r}')
-        if target not in ("video", "text"):
-            raise ValueError(f'target must be "video" or "text", got {target!r}')
-        if target == "text" and (where or group_by):
-            raise ValueError(
-                'where and group_by are about videos; they cannot go with target="text"'
-            )
-        encode_metadata(where)
-        query_D = self._query(text, video, image, vector)
-        if target == "text":
-            return self._best_texts(query_D, k)
-        with self._cache.snapshot():
-            hits = [
-                Hit(
-                    row.id,
-                    row.video,
-                    row.start_s,
-                    row.end_s,
-                    score,
-                    self._store.metadata(row.video_id),
-                )
-                for row, score in self._best_segments(query_D, k, where, group_by == "video")
-            ]
-        self._cache.merge_if_free()
+        given = [part for part in (text, video, image, vector, mix) if part is not None]
+        if len(given) != 1:
+            raise ValueError("search takes one query: a text, video=, image=, vector= or mix=")
+        query = Query(text, video=video, image=image, vector=vector) if mix is None else mix
+        [hits] = self.search_many(
+            [query],
+            k=k,
+            offset=offset,
+            where=where,
+            min_score=min_score,
+            group_by=group_by,
+            merge_gap_s=merge_gap_s,
+            target=target,
+            token_budget=token_budget,
+        )
+        return hits
+
+    def search_many(
+        self,
+        queries: Sequence[str | Query | Sequence[Query]],
+        *,
+        k: int = 10,
+        offset: int = 0,
+        where: Where | None = None,
+        min_score: float | None = None,
+        group_by: Literal["video"] | None = None,
+        merge_gap_s: float | None = None,
+        target: Literal["video", "text"] = "video",
+        token_budget: int | None = None,
+    ) -> list[list[Hit]]:
+        """What `search` answers to each query: texts, `Query`s or mixes of them.
+
+        They are embedded together, and all are answered from one state of the collection.
+        """
+        wanted = Wanted(k, offset, where, min_score, group_by, merge_gap_s, target)
+        if isinstance(queries, str):
+            raise ValueError("search_many takes a list of queries; search takes one")
+        mixes = [as_mix(query) for query in queries]
+        check_query_budget(token_budget, mixes)
+        # texts need no index
+        snapshot = self._store.snapshot if target == "text" else self._cache.snapshot
+        while True:
+            self._serving.follow()
+            vectors_QD = self._serving.vectors(mixes, token_budget=token_budget)
+            with snapshot():
+                # not if another process has switched to another model since
+                if self._serving.is_current:
+                    hits = self._searcher.hits(vectors_QD, wanted)
+                    break
+        if target == "video":
+            self._cache.merge_if_free()
         return hits
 
     def remove(
         self,
         *,
-        video: str | Path | None = None,
-        id: int | None = None,
-        text: str | None = None,
+        video: str | Path | Sequence[str | Path] | None = None,
+        id: int | Sequence[int] | None = None,
+        text: str | Sequence[str] | None = None,
     ) -> int:
-        """Remove a video, one segment by its id, or a text; returns how many segments or texts.
+        """Remove videos, segments by their ids, or texts; returns how many segments or texts.
 
-        A video goes with its last segment. ValueError for what is not there.
+        A video goes with its last segment. Of a list all are removed in one step, or none:
+        ValueError for what is not there.
         """
         if sum(given is not None for given in (video, id, text)) != 1:
             raise ValueError("remove takes one of video, id and text")
         with self._store.sole_writer():
             if text is not None:
-                what, removed = f"text {text!r}", self._store.remove_text(text)
-            elif video is not None:
-                path = full_path(video)
-                what, removed = f"video {path!r}", self._store.remove_video(path)
+                texts = _as_list(text)
+                self._refuse_unknown("text", texts, self._store.known_texts(texts))
+                return self._store.remove_texts(texts)
+            if video is not None:
+                paths = [full_path(path) for path in _as_list(video)]
+                self._refuse_unknown("video", paths, self._store.files(paths))
+                removed = self._store.remove_videos(paths)
             else:
                 assert id is not None
-                what, removed = f"segment {id}", self._store.remove_segment(int(id))
-            if not removed:
-                raise ValueError(f"collection {self._store.name!r} holds no {what}")
-            if text is None:
-                self._refresh_cache()
+                ids = [int(one) for one in ([id] if isinstance(id, int | np.integer) else id)]
+                self._refuse_unknown("segment", ids, self._store.segments(np.array(ids, np.int64)))
+                removed = self._store.remove_segments(ids)
+            self._refresh_cache()
         return removed
+
+    def _refuse_unknown(self, what: str, given: Sequence[Any], held: Container[Any]) -> None:
+        unknown = [one for one in given if one not in held]
+        if unknown:
+            more = f", nor {len(unknown) - 1} more of those given" if unknown[1:] else ""
+            raise ValueError(
+                f"collection {self._store.name!r} holds no {what} {unknown[0]!r}{more}"
+            )
+
+    def backup(self, folder: str | Path) -> None:
+        """Copy the collection as it is now into a new folder, which `open` opens.
+
+        Nobody has to wait for it, and it is whole, whoever writes meanwhile. Raises
+        FileExistsError if the path exists, OSError if it cannot be written.
+        """
+        self._store.backup(Path(full_path(folder)), beside=self._copy_caches)
+
+    def _copy_caches(self, folder: Path) -> None:
+        """Copy the index and the text towers; called before SQLite is copied, and after it.
+
+        The index before: one that is newer than the rest would not be used. Towers after it too:
+        another model may have been switched to.
+        """
+        index = self._store.folder / INDEX
+        if index.is_file() and not (folder / DATABASE).exists():
+            shutil.copyfile(index, folder / INDEX)
+        for tower in self._store.folder.glob(f"{FOLDER}*"):
+            copy = folder / tower.name
+            if not copy.exists():
+                try:
+                    shutil.copytree(tower, copy)
+                except (FileNotFoundError, shutil.Error):  # removed meanwhile: no longer needed
+                    shutil.rmtree(copy, ignore_errors=True)
 
     def check(self) -> CheckReport:
         """Look at everything that is stored, and mend what a kill or a damage left of the cache."""
         problems = self._store.problems()
         if problems:  # what else is read from a damaged file says nothing
             return CheckReport(tuple(problems), (), ())
-        num_bytes = 4 * self._store.dim
-        for id, path, data in self._store.raw_vectors():
-            wrong: str | None = f"of {len(data)} bytes instead of {num_bytes}"
-            if len(data) == num_bytes:
-                wrong = vector_problem(np.frombuffer(data, "<f4"))
-            if wrong:
-                problems.append(
-                    f"the vector of segment {id} is {wrong}: remove {path!r} and add it again"
-                )
+        with self._store.snapshot():
+            num_bytes = 4 * self._store.dim
+            for id, path, data in self._store.raw_vectors():
+                wrong: str | None = f"of {len(data)} bytes instead of {num_bytes}"
+                if len(data) == num_bytes:
+                    wrong = vector_problem(np.frombuffer(data, "<f4"))
+                if wrong:
+                    problems.append(
+                        f"the vector of segment {id} is {wrong}: remove {path!r} and add it again"
+                    )
+            try:
+                self._store.texts()
+            except ValueError as error:
+                problems.append(str(error))
         fixed: list[str] = []
         if not problems:
             try:
                 fixed += self._store.remove_unfinished() + self._cache.mend()
+                fixed += reembed.mend(self._store)
             except OSError as error:
                 problems.append(f"what is wrong beside the videos cannot be mended: {error}")
         missing = [path for path in self._store.files() if not os.path.exists(path)]
         return CheckReport(tuple(problems), tuple(fixed), tuple(missing))
 
-    def rebuild(self, *, index: str | None = None) -> None:
+    def rebuild(
+        self,
+        index: str | None = None,
+        *,
+        memory_limit: int | None = None,
+        latency_ms: float | None = None,
+        queries: np.ndarray | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         """Make `index.faiss` anew from SQLite, as another kind of index if one is given.
 
-        index: a FAISS factory string, kept from now on. "Flat", the default of a collection,
-        compares with every vector; others are approximate, but their scores are exact, and so is
-        a search with `where`. ValueError for an unknown one or for too few vectors, OSError if the
-        file cannot be written.
+        index: "auto", the default of a collection, which chooses by the number of segments, see
+        `retrieval.index_choice`, or a FAISS factory string; kept from now on. "Flat" compares with
+        every vector; others are approximate, but their scores are exact, and so is a search with
+        `where`. How far they look is chosen so that 97 % of the ten best are found, by the texts
+        and vectors of the collection or by queries (Q, D) of your own; `info` says what was found.
+        memory_limit: bytes that vectors are to take while they are searched, latency_ms: of one
+        search; both for "auto".
+        say: called with a line before the work, on the memory it takes, and one after it.
+        ValueError for an unknown index or for too few vectors, OSError if there is too little
+        memory or the file cannot be written; then the index is as it was.
+        """
+        wish = None
+        if index is not None or memory_limit is not None or latency_ms is not None:
+            wish = Wish(AUTO if index is None else index, memory_limit, latency_ms)
+        with self._store.sole_writer():
+            self._cache.rebuild(
+                wish,
+                queries_QD=None if queries is None else as_queries(queries, self._store.dim),
+                say=say or _log.info,
+            )
+
+    def re_embed(
+        self,
+        model: str | Path | Embedder,
+        *,
+        token_budget: int | None = None,
+        drop_failed: bool = False,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> reembed.ReEmbedReport:
+        """Replace the vectors by those of another model, or of the same one at another budget.
+
+        Every segment and text keeps its id, times and metadata. Until all of them have their new
+        vectors the old ones serve; then the new model does, at once, also in other processes that
+        have this collection open. Interrupted, it goes on where it was when it is called with the
+        same model and budget; see `abandon_re_embed`. With the model that serves it does nothing.
+
+        model, token_budget: as of `create`. drop_failed: a video whose file is gone, has changed
+        or cannot be read is removed at the switch; without it there is no switch then.
+        progress: called with (videos done, videos in all, path) after each.
+        Raises ValueError if one by another model or budget is under way, OSError if another
+        process writes.
+        """
+        embedder = load_embedder(model)
+        with self._store.sole_writer():
+            report = reembed.re_embed(
+                self._store,
+                self._cache,
+                embedder,
+                token_budget=token_budget,
+                drop_failed=drop_failed,
+                progress=progress,
+            )
+        self._serving.follow()
+        if report.switched:
+            self._serving.use(embedder)
+        return report
+
+    def abandon_re_embed(self) -> bool:
+        """Give up the vectors of a `re_embed` that was interrupted; False if there is none."""
+        with self._store.sole_writer():
+            return reembed.abandon(self._store, self._cache)
+
+    def import_shards(
+        self,
+        files: str | Path | Sequence[str | Path],
+        *,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> exchange.ImportReport:
+        """Store videos with vectors that `embed_shard` or `export_shards` wrote.
+
+        A video that is there with the same path and content adds nothing but metadata; one whose
+        content has changed replaces its segments. Nothing is removed. So it may be interrupted and
+        called again. Segments get new ids, but a collection that never held any takes over those
+        of the first export that it imports, also when that is imported again.
+
+        files: Parquet files, or folders of them; in folders only those with a marker that says that
+        they are finished. A damaged one is reported, the others are imported.
+        progress: called with (segments done, segments in all, file) on the way.
+        Raises ValueError for files of another model, budget or cutting, before anything is stored.
         """
         with self._store.sole_writer():
-            self._cache.rebuild(index or self._store.settings()["index"], or_flat=index is None)
+            before = self._store.revision()
+            report = exchange.import_shards(self._store, _as_list(files), progress=progress)
+            if self._store.revision() != before:
+                self._refresh_cache()
+        return report
+
+    def export_shards(
+        self,
+        folder: str | Path,
+        *,
+        rows_per_file: int = exchange.ROWS_PER_FILE,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> exchange.ExportReport:
+        """Write everything into Parquet files in a new folder, as it is at one moment.
+
+        A row is a segment: id, video, times, metadata as JSON, vector; the texts of `add_texts` are
+        in a file of their own. `import_shards` reads them, as does anything that reads Parquet.
+
+        rows_per_file: a file that has so many ends with its last video.
+        progress: called with (segments done, segments in all, path) on the way.
+        Raises FileExistsError if there is something under that name.
+        """
+        return exchange.export_shards(
+            self._store, folder, rows_per_file=rows_per_file, progress=progress
+        )
 
     def info(self) -> dict[str, Any]:
         """What it holds and how it was made, as plain values.
@@ -371,18 +601,19 @@ class Collection:
         model's own; None where queries by text load the model.
         """
         settings = self._store.settings()
-        hidden = ("collection_id", "model_source")
+        hidden = ("collection_id", "ids_of", "model_source", "space")
         files = [entry for entry in self._store.folder.rglob("*") if entry.is_file()]
         stated = ("weights", "lowest_cosine", "mean_cosine", "captions")
-        text_encoder = self._query_encoder and {
-            key: self._query_encoder.manifest[key] for key in stated
-        }
+        self._serving.follow()
+        tower = self._serving.text_encoder
+        text_encoder = tower and {key: tower.manifest[key] for key in stated}
         return {
             "name": self._store.name,
             "path": str(self._store.folder),
             **self._store.counts(),
             **{key: value for key, value in settings.items() if key not in hidden},
             "text_encoder": text_encoder,
+            "index_file": self._cache.describe(),
             "size_bytes": sum(entry.stat().st_size for entry in files),
         }
 
@@ -409,156 +640,12 @@ class Collection:
         except (OSError, ValueError) as error:
             _log.warning("collection %r: its index is not up to date: %s", self._store.name, error)
 
-    # -- the model
-
-    @cached_property
+    @property
     def model(self) -> Embedder:
         """The model, loaded on first use. ValueError if it is not the one that built this."""
-        source = self._settings["model_source"]
-        try:
-            model = _load(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"collection {self._store.name!r} was built by model {source!r}, which cannot be "
-                f"loaded; open it with model=...: {error}"
-            ) from error
-        return self._accept(model)
-
-    def _accept(self, model: Embedder) -> Embedder:
-        settings = self._settings
-        if (model.fingerprint, model.dim) != (settings["fingerprint"], settings["dim"]):
-            built_by = f"{settings['model_name']}@{settings['fingerprint'][:6]}"
-            raise ValueError(
-                f"collection {self._store.name!r} was built by {built_by}; "
-                f"this model is {model.name}@{model.fingerprint[:6]}"
-            )
-        return model
-
-    @cached_property
-    def _query_encoder(self) -> QueryEncoder | None:
-        """The exported text tower, if there is one, it is whole, and it is that of the model."""
-        folder = self._store.folder / FOLDER
-        if not folder.exists():
-            return None
-        try:
-            encoder = QueryEncoder(folder)
-            built_by = self._settings["fingerprint"]
-            if encoder.manifest["fingerprint"] != built_by or encoder.dim != self._store.dim:
-                raise ValueError(f"{str(folder)!r} was exported from another model")
-        except (OSError, ValueError) as error:
-            _log.warning(
-                "collection %r: queries by text load the model: %s", self._store.name, error
-            )
-            return None
-        return encoder
-
-    def _query(
-        self,
-        text: str | None,
-        video: str | Path | None,
-        image: str | Path | None,
-        vector: np.ndarray | None,
-    ) -> np.ndarray:
-        """One query of any kind -> unit vector (D,) float32."""
-        if sum(given is not None for given in (text, video, image, vector)) != 1:
-            raise ValueError("search takes one query: a text, video=, image= or vector=")
-        if vector is not None:
-            query = np.asarray(vector, np.float32)
-            if query.shape != (self._store.dim,):
-                raise ValueError(
-                    f"the query vector has shape {query.shape}; collection {self._store.name!r} "
-                    f"holds vectors of {self._store.dim} numbers"
-                )
-        elif text is not None:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError("the query is empty: say what to look for")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"the query is not valid Unicode text: {text!r}")
-            if self._query_encoder is not None:
-                query = self._query_encoder.embed_text([text])[0]
-            else:
-                query = check_vectors(self.model.embed_text([text]), 1, self.model)[0]
-        else:
-            path = video if video is not None else image
-            assert path is not None
-            if image is not None and not is_image(path):
-                raise ValueError(f"{str(path)!r} is not an image: give a video with video=")
-            budget = self._settings["token_budget"]
-            clip = Reader.of(self.model, budget).read(path)
-            query = check_vectors(
-                self.model.embed_video([clip], token_budget=budget), 1, self.model
-            )[0]
-        length = np.linalg.norm(query)
-        if not np.isfinite(length) or length == 0:
-            raise ValueError(
-                "the query's vector is zero or not finite: there is no direction in it"
-            )
-        return query / length
-
-    # -- ranking
-
-    def _best_segments(
-        self,
-        query_D: np.ndarray,
-        k: int,
-        where: Mapping[str, MetadataValue] | None,
-        only_best_of_video: bool,
-    ) -> list[tuple[SegmentRow, float]]:
-        """Candidates from the index, ranked by their exact scores, more of them until it is sure.
-
-        Scores are computed anew from the stored vectors: equal vectors then score equally, which
-        sums in single precision do not promise, and an approximate index gives exact scores.
-        """
-        allowed_N = self._store.segment_ids(where) if where else None
-        num = 2 * k + 16
-        while True:
-            ids_N, bound = self._cache.nearest(query_D, num, allowed_N=allowed_N)
-            ranked = self._ranked(query_D, ids_N)
-            best = _first_of_each_video(ranked) if only_best_of_video else ranked
-            # what was left out scores no more than the bound
-            is_sure = len(best) >= k and best[k - 1][1] > bound + _SCORE_ROUNDING
-            if is_sure or bound == -np.inf:
-                return best[:k]
-            num *= 4
-
-    def _ranked(self, query_D: np.ndarray, ids_N: np.ndarray) -> list[tuple[SegmentRow, float]]:
-        ids_N, vectors_ND = self._store.vectors(ids_N)
-        rows = self._store.segments(ids_N)
-        scores_N = _scores(vectors_ND, query_D)
-        order = np.lexsort((ids_N, -scores_N))
-        return [(rows[int(ids_N[i])], float(scores_N[i])) for i in order]
-
-    def _best_texts(self, query_D: np.ndarray, k: int) -> list[Hit]:
-        rows, vectors_ND = self._store.texts()
-        scores_N = _scores(vectors_ND, query_D)
-        order = np.argsort(-scores_N, kind="stable")[:k]  # rows are in the order of their ids
-        return [
-            Hit(rows[i][0], "", 0.0, 0.0, float(scores_N[i]), {"text": rows[i][1]}) for i in order
-        ]
-
-
-def _load(model: str | Path | Embedder) -> Embedder:
-    """The model that a name or folder stands for."""
-    if not isinstance(model, str | Path):
-        return model
-    from fluxclip import load_model  # imports torch
-
-    return load_model(model)
+        self._serving.follow()
+        return self._serving.model
 
 
 def _as_list(given: str | Path | Sequence[Any]) -> list[Any]:
     return [given] if isinstance(given, str | Path) else list(given)
-
-
-def _scores(vectors_ND: np.ndarray, query_D: np.ndarray) -> np.ndarray:
-    """Inner products (N,) in double precision, each row's sum taken alike wherever it stands."""
-    return (vectors_ND.astype(np.float64) * query_D).sum(axis=1)
-
-
-def _first_of_each_video(
-    ranked: Sequence[tuple[SegmentRow, float]],
-) -> list[tuple[SegmentRow, float]]:
-    first: dict[int, tuple[SegmentRow, float]] = {}
-    for row, score in ranked:
-        first.setdefault(row.video_id, (row, score))
-    return list(first.values())

@@ -8,11 +8,13 @@ import hashlib
 import logging
 import os
 import stat
+import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,10 +24,10 @@ from fluxclip.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     Clip,
+    Cutting,
     Fit,
     probe_and_read,
     read_clip,
-    windows,
 )
 from fluxclip.video.chunks import SUFFIX, TABLE, is_folder_of_chunks
 
@@ -34,6 +36,8 @@ from .store import FileState
 CLIPS_PER_BATCH = 16  # embedded together, whatever videos they are of
 # Decoded while a batch is embedded and while its videos are committed, which waits for the disk.
 CLIPS_AHEAD = 2 * CLIPS_PER_BATCH
+# Threads that embed wait for each other at every step, also for one that a decoder has displaced.
+NICENESS_OF_DECODERS = 5
 UNIT_TOLERANCE = 1e-3  # how far from 1 a vector's length may be; half precision is within it
 
 Segment = tuple[float, float]  # start_s, end_s
@@ -100,13 +104,15 @@ class Source:
     """A file on its way into a collection.
 
     Done with an error, or with as many vectors as segments; without segments its content is the
-    one that is stored already.
+    one that is stored already. Segments that are given before are embedded as they are, and that
+    the content is not the one that is stored is an error then.
     """
 
     path: str  # absolute; symbolic links are kept, the name is the one the user knows
     is_named: bool = False  # given by itself, not found in a folder or by a pattern
     state: FileState = FileState(0, 0, "")
     is_new: bool = False  # its content is not the one that is stored
+    moved_from: str | None = None  # a stored path with this content, where nothing is any more
     reader: Reader | None = None  # of those that are new
     duration_s: float = 0.0
     segments: list[Segment] = field(default_factory=list)
@@ -123,6 +129,11 @@ def full_path(path: str | Path) -> str:
     if not str(path):
         raise ValueError("the path is empty: name a file or folder, '.' for the one you are in")
     return os.path.abspath(path)
+
+
+def stated_file(path: str) -> str:
+    """The file whose size, time and content stand for a video: chunks have a table."""
+    return os.path.join(path, TABLE) if is_folder_of_chunks(Path(path)) else path
 
 
 def find_sources(paths: Sequence[str | Path], *, recursive: bool) -> list[Source]:
@@ -157,59 +168,110 @@ def find_sources(paths: Sequence[str | Path], *, recursive: bool) -> list[Source
     return list(found.values())
 
 
+def gone_below(
+    paths: Sequence[str | Path],
+    sources: Iterable[Source],
+    known: Iterable[str],
+    *,
+    recursive: bool,
+) -> list[str]:
+    """Those of the known paths below the folders among `paths` under which there is nothing now.
+
+    sources: what was found. A folder in which nothing was found tells nothing: a disk that is not
+    mounted looks like that. Nor does one that cannot be looked into.
+    """
+    found = {source.path for source in sources}
+    folders = {
+        os.path.join(path, "")
+        for path in map(full_path, paths)
+        if os.path.isdir(path) and any(below.startswith(os.path.join(path, "")) for below in found)
+    }
+    return [
+        path
+        for path in known
+        if path not in found
+        and any(
+            path.startswith(folder)
+            and (recursive or os.path.join(os.path.dirname(path), "") == folder)
+            for folder in folders
+        )
+        and _is_gone(path)
+    ]
+
+
 def embed_sources(
-    sources: Sequence[Source],
+    sources: Iterable[Source],
     *,
     known: Mapping[str, FileState],
     model: Callable[[], Embedder],
     token_budget: int | None,
-    window_s: float,
+    cutting: Cutting,
 ) -> Generator[Source, None, None]:
     """Yield each source in turn when it is done (see `Source`).
 
-    known: the state of files that are stored; with the same size and time they are not read.
+    known: the state of files that are stored; with the same size and time they are not read. A
+    source of another name but the same content as one of them that is gone is that one, moved.
     model: called when the first clip is to be read, so that nothing new needs no model.
-    window_s: longer videos are cut into windows; an image is one segment [0, 0).
+    cutting: how longer videos are cut; an image is one segment [0, 0).
     """
     waiting: deque[Source] = deque()
     workers = min(8, max(2, os.cpu_count() or 1))
+    gone = _Gone(known)
+    sizes = {state.size for state in known.values()}
 
     def inspect(source: Source) -> Source:
         if source.error is None:
             with _errors_noted(source):
-                _inspect(source, known.get(source.path))
+                _inspect(source, known.get(source.path), sizes)
         return source
 
     def inspected() -> Iterator[Source]:
-        for source in _ahead(pool, inspect, sources, 2 * workers):
-            if source.is_new:
+        for source in _ahead(lambda source: pool.submit(inspect, source), sources, 2 * workers):
+            if source.is_new and source.path not in known:
+                source.moved_from = gone.take(source.state.sha256)
+                source.is_new = source.moved_from is None
+            if source.is_new or source.segments:
                 source.reader = Reader.of(model(), token_budget)
             yield source
 
     def cut(source: Source) -> tuple[Source, Clip | None]:
-        if source.reader is not None:
+        if source.reader is not None and not source.segments:
             with _errors_noted(source):
-                return source, _cut(source, source.reader, window_s)
+                clip = _cut(source, source.reader, cutting)
+                if not source.state.sha256:
+                    source.state = _with_content(source.state, source.path)
+                return source, clip
         return source, None
 
     def jobs() -> Iterator[tuple[Source, Segment | None, Clip | None]]:
-        for source, clip in _ahead(pool, cut, inspected(), CLIPS_AHEAD):
+        sources_cut = _ahead(lambda source: pool.submit(cut, source), inspected(), CLIPS_AHEAD)
+        for source, clip in sources_cut:
             waiting.append(source)
             # one without segments goes through too, so that it comes out when it is its turn
             for segment in tuple(source.segments) or (None,):
                 yield source, segment, clip
 
-    def read(job: tuple[Source, Segment | None, Clip | None]) -> tuple[Source, Clip | None]:
-        source, segment, clip = job
-        if clip is None and segment and source.reader and source.error is None:
+    def read(source: Source, segment: Segment) -> tuple[Source, Clip | None]:
+        if source.reader is not None and source.error is None:
             with _errors_noted(source):
                 return source, source.reader.read(source.path, segment)
-        return source, clip
+        return source, None
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    def start(
+        job: tuple[Source, Segment | None, Clip | None],
+    ) -> Future[tuple[Source, Clip | None]]:
+        source, segment, clip = job
+        if clip is None and segment is not None:
+            return pool.submit(read, source, segment)
+        # not through the pool, where it would stand in line behind what is cut further ahead
+        ready: Future[tuple[Source, Clip | None]] = Future()
+        ready.set_result((source, clip))
+        return ready
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=_step_back)
     try:
         batch: list[tuple[Source, Clip]] = []
-        for source, clip in _ahead(pool, read, jobs(), CLIPS_PER_BATCH):
+        for source, clip in _ahead(start, jobs(), CLIPS_PER_BATCH):
             if clip is not None:
                 batch.append((source, clip))
             if len(batch) == CLIPS_PER_BATCH:
@@ -282,39 +344,74 @@ def _errors_noted(source: Source) -> Iterator[None]:
         _log.info("not added: %s: %s", source.path, source.error)
 
 
-def _inspect(source: Source, known: FileState | None) -> None:
-    """Decide whether a file is new."""
+def _inspect(source: Source, known: FileState | None, sizes: Container[int]) -> None:
+    """Decide whether a file is new: not what is `known` of it, nor of the size of any that is."""
     try:
         source.path.encode()  # SQLite keeps text as UTF-8
     except UnicodeEncodeError as error:
         raise ValueError("its name is not UTF-8: rename it") from error
-    # chunks are those of the video that their table describes
-    is_of_chunks = is_folder_of_chunks(Path(source.path))
-    path = os.path.join(source.path, TABLE) if is_of_chunks else source.path
+    path = stated_file(source.path)
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")
     if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
         source.state = known
         return
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    source.state = FileState(status.st_size, status.st_mtime_ns, sha256)
-    source.is_new = known is None or known.sha256 != sha256
+    source.state = FileState(status.st_size, status.st_mtime_ns, "")
+    if known is None and status.st_size not in sizes:
+        source.is_new = True  # all of it is read when it has turned out to be a video
+        return
+    source.state = _with_content(source.state, source.path)
+    source.is_new = known is None or known.sha256 != source.state.sha256
+    if source.is_new and source.segments:
+        raise ValueError("its content is not what was added any more: add it again first")
 
 
-def _cut(source: Source, reader: Reader, window_s: float) -> Clip | None:
+def _with_content(state: FileState, path: str) -> FileState:
+    with open(stated_file(path), "rb") as file:
+        return replace(state, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+class _Gone:
+    """Files that are stored and no longer there, each to be taken once, by its content."""
+
+    def __init__(self, known: Mapping[str, FileState]) -> None:
+        self._paths: dict[str, list[str]] = {}
+        for path, state in known.items():
+            self._paths.setdefault(state.sha256, []).append(path)
+
+    def take(self, sha256: str) -> str | None:
+        paths = self._paths.get(sha256, [])
+        gone = next(filter(_is_gone, paths), None)
+        if gone is not None:
+            paths.remove(gone)
+        return gone
+
+
+def _is_gone(path: str) -> bool:
+    """Whether there is nothing under this name; not so if that cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _cut(source: Source, reader: Reader, cutting: Cutting) -> Clip | None:
     """Decide where to cut a file; its clip, if it is one segment, comes from the same opening."""
     info, clip = probe_and_read(
         source.path,
         num_frames=reader.num_frames,
-        up_to_s=window_s,
+        # whether a video is one shot is not known yet
+        up_to_s=cutting.window_s if cutting.cut == "windows" else 0.0,
         side=reader.side,
         fit=reader.fit,
     )
     source.duration_s = info.duration_s
-    cuts = windows(info.duration_s, window_s)  # one, [0, 0), of an image
-    source.segments = [(cut.start_s, cut.end_s) for cut in cuts]
+    pieces = cutting.segments(source.path, info.duration_s)  # one, [0, 0), of an image
+    source.segments = [(piece.start_s, piece.end_s) for piece in pieces]
     return clip
 
 
@@ -331,6 +428,17 @@ def _embed(batch: Sequence[tuple[Source, Clip]], model: Embedder, token_budget: 
             source.error = f"model {model.name!r} gave a vector that is {problem}"
 
 
+def embed_texts(model: Embedder, texts: Sequence[str]) -> np.ndarray:
+    """Unit vectors (N, D) of texts; ValueError for one that is none, which names its text."""
+    vectors_ND = check_vectors(model.embed_text(texts), len(texts), model)
+    for text, vector_D in zip(texts, vectors_ND, strict=True):
+        if problem := vector_problem(vector_D):
+            raise ValueError(
+                f"model {model.name!r} gave a vector that is {problem} for the text {text!r}"
+            )
+    return vectors_ND
+
+
 def check_vectors(vectors_ND: np.ndarray, num: int, model: Embedder) -> np.ndarray:
     """A model's answer as float32; ValueError unless it is (num, model.dim)."""
     if np.shape(vectors_ND) != (num, model.dim):
@@ -341,13 +449,23 @@ def check_vectors(vectors_ND: np.ndarray, num: int, model: Embedder) -> np.ndarr
     return np.ascontiguousarray(vectors_ND, np.float32)
 
 
+def _step_back() -> None:
+    """Let this thread, and those that its decoder starts, give way to threads that embed."""
+    if sys.platform != "linux":  # where it would be all threads of the process
+        return
+    thread = threading.get_native_id()
+    with suppress(OSError):  # a sandbox may not have it
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS_OF_DECODERS
+        os.setpriority(os.PRIO_PROCESS, thread, min(niceness, 19))
+
+
 def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], num_ahead: int
+    start: Callable[[In], Future[Out]], items: Iterable[In], num_ahead: int
 ) -> Iterator[Out]:
     """Map in order, with at most `num_ahead` items under way or waiting to be taken."""
     pending: deque[Future[Out]] = deque()
     for item in items:
-        pending.append(pool.submit(function, item))
+        pending.append(start(item))
         if len(pending) == num_ahead:
             yield pending.popleft().result()
     while pending:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .store import refuse_existing
+from .schema import refuse_existing
 
-FOLDER = "text_encoder"  # in a collection's folder
+FOLDER = "text_encoder"  # in a collection's folder, of its first model
 MANIFEST = "manifest.json"
 FORMAT = 1
 MIN_COSINE = 0.99  # of 8-bit weights, at worst, to the model's own vectors
@@ -132,6 +132,11 @@ class _Tower:
             ids_NL = np.array([encoding.ids for encoding in batch], np.int64)
             vectors.append(self._session.run(["vectors"], {"ids": ids_NL})[0])
         return np.concatenate(vectors)
+
+
+def text_encoder_folder(space: int) -> str:
+    """Name of the folder, inside a collection's, of the text tower that serves this space."""
+    return FOLDER if space == 1 else f"{FOLDER}-{space}"
 
 
 def export_text_encoder(

@@ -135,9 +135,12 @@ def commit(empty: Path, model: Embedder, paths: Sequence[Path]) -> float:
         Collection.open(shutil.copytree(empty, Path(folder) / "c"), model=model) as collection,
     ):
         store, state = collection._store, FileState(0, 0, "0" * 64)
-        return timed(
-            lambda: [store.put_video(str(p), state, 1.0, [(0.0, 1.0)], vectors_ND) for p in paths]
-        )[0]
+        with store.flushed_at_the_end():  # as `add` does
+            return timed(
+                lambda: [
+                    store.put_video(str(p), state, 1.0, [(0.0, 1.0)], vectors_ND) for p in paths
+                ]
+            )[0]
 
 
 def cold_search(model: Embedder, paths: Sequence[Path], repeats: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The console command as a user types it: what works, and what mistakes answer."""
 
+import csv
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from fluxclip import cli, load_model
 from fluxclip.text.encoder import load_encoder
+from retrieval import Collection, Query
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,7 +61,8 @@ def collection(tmp_path_factory: pytest.TempPathFactory, few: Path) -> Path:
     assert fluxclip("index", "create", folder, "--model", "emoji-tiny").returncode == 0
     done = fluxclip("index", "add", folder, few, "--meta", "camera=north", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"added": 7, "skipped": 0, "failed": {}, "segments": 7}
+    report = {"added": 7, "skipped": 0, "moved": {}, "missing": [], "failed": {}, "segments": 7}
+    assert json.loads(done.stdout) == report
     return folder
 
 
@@ -107,6 +110,131 @@ def test_more_hits_than_there_are_is_said(collection: Path) -> None:
     assert "note: 7 hits" in done.stderr
 
 
+def found(*arguments: object) -> list[dict[str, object]]:
+    done = fluxclip("search", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_plus_and_minus_are_a_mix(collection: Path, few: Path) -> None:
+    clip = sorted(few.glob("*.mp4"))[2]
+    asked = ("--video", clip, "--plus", "at night", "--minus", "people", "--minus", "a dog")
+    mix = [
+        Query(video=clip), Query("at night"), Query("people", weight=-0.5),
+        Query("a dog", weight=-0.5),
+    ]  # fmt: skip
+    with Collection.open(collection) as opened:
+        hits = [hit.to_dict() for hit in opened.search(mix=mix, k=5)]
+    assert found(collection, *asked, "-k", 5) == hits
+    plain = found(collection, "a dog", "--plus", "a cat", "-k", 5)
+    assert plain == found(collection, "--plus", "a cat", "--plus", "a dog", "-k", 5)
+    budget = found(collection, "--video", clip, "--token-budget", 9, "-k", 1)
+    assert budget[0]["score"] < 1 - 1e-4
+    assert "search takes one query" in refused("search", collection, "--minus", "a dog")
+    assert "token_budget is about" in refused("search", collection, "a dog", "--token-budget", 9)
+
+
+def test_a_file_of_queries(collection: Path, tmp_path: Path) -> None:
+    file = tmp_path / "queries.txt"
+    file.write_text("a cyclone\n\n  the moon \n", encoding="utf-8")
+    lines = found(collection, "--queries", file, "-k", 2)
+    assert [line.pop("query") for line in lines] == ["a cyclone"] * 2 + ["the moon"] * 2
+    alone = found(collection, "a cyclone", "-k", 2) + found(collection, "the moon", "-k", 2)
+    scores = [line.pop("score") for line in lines]  # embedded together: up to rounding
+    assert scores == pytest.approx([line.pop("score") for line in alone], abs=1e-6)
+    assert lines == alone
+    done = fluxclip("search", collection, "--queries", file, "-k", 1)
+    assert re.fullmatch(r"a cyclone:\n  1 .*\nthe moon:\n  1 .*\n", done.stdout)
+    file.write_text("\n")
+    assert "no query in" in refused("search", collection, "--queries", file)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8" in refused("search", collection, "--queries", file)
+    assert "queries.gone" in refused("search", collection, "--queries", tmp_path / "queries.gone")
+    assert "takes the place of" in refused("search", collection, "a dog", "--queries", file)
+
+
+def test_conditions_thresholds_and_pages(
+    tmp_path: Path, collection: Path, own_collection: Path, few: Path
+) -> None:
+    with Collection.open(own_collection) as opened:
+        for i, clip in enumerate(sorted(few.glob("*.mp4"))):
+            opened.add(clip, metadata={"year": 2018 + i, "part": "ab"[i % 2]})
+    every = found(own_collection, "a cyclone", "-k", 7)
+
+    def kept(*conditions: str) -> list[int]:
+        given = [part for condition in conditions for part in ("--where", condition)]
+        return [hit["metadata"].get("year") for hit in found(own_collection, "a cyclone", *given)]
+
+    years = [hit["metadata"].get("year", 0) for hit in every]
+    assert kept("year>=2020", "year < 2022") == [year for year in years if 2020 <= year < 2022]
+    assert kept("year in 2018, 2023,x") == [year for year in years if year in (2018, 2023)]
+    assert kept("year exists", "part=b") == [year for year in years if year and year % 2]
+    assert kept("camera=south") == []
+    top, rest = every[:3], every[3:]
+    assert found(own_collection, "a cyclone", "--offset", 3, "-k", 4) == rest
+    assert found(own_collection, "a cyclone", "--min-score", top[-1]["score"]) == top
+    done = fluxclip("search", own_collection, "a cyclone", "--offset", 3, "-k", 9)
+    assert done.stdout.startswith("  4 ") and "note: 4 hits that match; 9 were" in done.stderr
+    for wrong, said in (
+        ("camera", "--where takes key=value"), (" =3", "a metadata key must be text"),
+        ("year>true", "where 'year': bounds are numbers"),
+    ):  # fmt: skip
+        assert said in refused("search", own_collection, "a cat", "--where", wrong)
+    twice = ("--where", "year>2019", "--where", "year>2020")
+    assert "bounds 'year' twice" in refused("search", own_collection, "a cat", *twice)
+    assert "names 'a' twice" in refused(
+        "search", own_collection, "a cat", "--where", "a=1", "--where", "a>1"
+    )
+
+
+def test_merged_moments(tmp_path: Path, assets: Path) -> None:
+    film = tmp_path / "film"
+    done = fluxclip("index", "create", film, "--model", "emoji-tiny", "--window-s", 4)
+    assert done.returncode == 0, done.stderr
+    assert fluxclip("index", "add", film, assets / "film" / "film_720p.mp4").returncode == 0
+    single = found(film, "a rabbit", "-k", 100)
+    assert len(single) == 6
+    [whole] = found(film, "a rabbit", "--merge", 0)
+    assert (whole["start_s"], whole["end_s"]) == (0, max(hit["end_s"] for hit in single))
+    assert (whole["id"], whole["score"]) == (single[0]["id"], single[0]["score"])
+    [best] = found(film, "a rabbit", "--merge", 0, "-k", 1)  # of the best windows only
+    assert best["end_s"] - best["start_s"] < whole["end_s"]
+    assert found(film, "a rabbit", "--merge", 0, "--min-score", single[0]["score"]) == single[:1]
+    assert "ask for more with k" in refused("search", film, "a", "--merge", 0, "--offset", 5)
+
+
+def test_a_table_clips_and_thumbnails_of_the_hits(
+    own_collection: Path, few: Path, tmp_path: Path
+) -> None:
+    query = (own_collection, "a cyclone", "-k", 3)
+    hits = found(*query)
+    printed = fluxclip("search", *query, "--csv", "-").stdout
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert [int(row["id"]) for row in rows] == [hit["id"] for hit in hits]
+    assert [json.loads(row["metadata"]) for row in rows] == [hit["metadata"] for hit in hits]
+    done = fluxclip(
+        "search", *query, "--csv", tmp_path / "hits.csv", "--save-clips", tmp_path / "clips",
+        "--thumbnails", tmp_path / "pictures",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hits.csv").read_bytes().decode() == printed.replace("\r\n", "\n").replace(
+        "\n", "\r\n"
+    )
+    assert len(list((tmp_path / "clips").iterdir())) == 3
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 3
+    assert done.stdout == fluxclip("search", *query).stdout
+    assert "--csv - and --json both print" in refused("search", *query, "--csv", "-", "--json")
+
+    moved = tmp_path / "moved"
+    shutil.copytree(few, moved)
+    assert fluxclip("index", "add", own_collection, moved).returncode == 0
+    shutil.rmtree(moved)
+    done = fluxclip("search", own_collection, "a cyclone", "-k", 99, "--thumbnails", tmp_path / "t")
+    assert done.returncode == 2
+    assert sum(line.startswith("fluxclip: not saved: ") for line in done.stderr.splitlines()) == 7
+    assert len(list((tmp_path / "t").iterdir())) == 7
+
+
 def test_info_check_and_rebuild(own_collection: Path) -> None:
     info = json.loads(fluxclip("index", "info", own_collection, "--json").stdout)
     assert info["segments"] == 7
@@ -142,12 +270,44 @@ def test_export_writes_the_text_tower_of_a_model(
 
 def test_adding_again_adds_nothing_and_removing_is_exact(own_collection: Path, few: Path) -> None:
     again = json.loads(fluxclip("index", "add", own_collection, few, "--json").stdout)
-    assert again == {"added": 0, "skipped": 7, "failed": {}, "segments": 7}
+    nothing: dict[str, object] = {"moved": {}, "missing": [], "failed": {}}
+    assert again == {"added": 0, "skipped": 7, "segments": 7, **nothing}
     one = sorted(few.glob("*.mp4"))[0]
     assert fluxclip("index", "remove", own_collection, one).returncode == 0
     assert "holds no video" in refused("index", "remove", own_collection, one)
     done = fluxclip("search", own_collection, "anything", "-k", 100, "--json")
     assert one.name not in done.stdout
+    ids = [json.loads(line)["id"] for line in done.stdout.splitlines()][:2]
+    done = fluxclip("index", "remove", own_collection, "--id", ids[0], "--id", ids[1])
+    assert done.stdout == f"{own_collection}: 2 segments removed; 4 segments now\n"
+    assert "takes paths of videos, or --id" in refused("index", "remove", own_collection)
+
+
+def test_moved_and_gone_files_are_said_and_a_backup_is_a_collection(
+    own_collection: Path, few: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "videos"
+    shutil.copytree(few, folder)
+    first, second, *_ = sorted(folder.glob("*.mp4"))
+    assert fluxclip("index", "add", own_collection, folder).returncode == 0
+    first.rename(folder / "new name.mp4")
+    second.unlink()
+    done = fluxclip("index", "add", own_collection, folder)
+    assert f"moved: {first} -> {folder / 'new name.mp4'}" in done.stderr
+    assert f"its file is gone: {second}" in done.stderr and "--prune removes" in done.stderr
+    assert "14 segments now" in done.stdout
+    again = fluxclip("index", "add", own_collection, folder, "--prune", "--json")
+    counts = json.loads(again.stdout)
+    assert (counts["missing"], counts["moved"], counts["segments"]) == ([str(second)], {}, 13)
+
+    copy = tmp_path / "copy"
+    done = fluxclip("index", "backup", own_collection, copy)
+    assert done.stdout == f"{copy}: a copy of 13 segments\n"
+    asked = ("a cyclone", "-k", 20, "--json")
+    assert (
+        fluxclip("search", copy, *asked).stdout == fluxclip("search", own_collection, *asked).stdout
+    )
+    assert "exists already" in refused("index", "backup", own_collection, copy)
 
 
 def test_bad_videos_named_are_exit_2_and_the_good_ones_stay(

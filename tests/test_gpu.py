@@ -3,7 +3,9 @@
 import os
 import warnings
 from pathlib import Path
+from typing import Literal
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fluxclip.model.video_tower import VideoTower
 from fluxclip.tokens.budget import FluxSampling
 from fluxclip.tokens.draws import Draws
 from fluxclip.training.flops import matrix_peak
+from retrieval.backends.faiss_index import FaissIndex
 
 
 @pytest.fixture
@@ -155,3 +158,22 @@ def test_steps_come_where_the_gpu_can_fetch_them(gpu: str, emoji: Path, workers:
         for own, batch in zip(data[expected].batches, step.batches, strict=True):
             assert batch.frames_BTHWC.is_pinned()
             assert torch.equal(batch.frames_BTHWC, own.frames_BTHWC)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF16,SQ8", "IVF16,PQ8np"])
+@pytest.mark.parametrize("where", [0, "all"])
+def test_an_index_on_the_gpu_finds_what_the_cpu_s_does(
+    gpu: str, tmp_path: Path, kind: str, where: int | Literal["all"]
+) -> None:
+    if not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("faiss-cpu is installed, not faiss-gpu")
+    vectors_ND = np.random.default_rng(0).normal(size=(5000, 64)).astype(np.float32)
+    vectors_ND /= np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    blocks = [(np.arange(5000) * 3 + 1, vectors_ND)]
+    FaissIndex.build(blocks, num=5000, dim=64, factory=kind).save(tmp_path / "index.faiss", {})
+    on_cpu, on_gpu = (FaissIndex.load(tmp_path / "index.faiss")[0] for _ in range(2))
+    on_gpu.use_gpu(where)
+    queries_QD = vectors_ND[:50] + 0.05 * vectors_ND[50:100]
+    expected, found = on_cpu.search(queries_QD, 5), on_gpu.search(queries_QD, 5)
+    assert (expected[0] == found[0]).mean() >= 0.99  # codes are compared with other rounding
+    np.testing.assert_allclose(expected[1][:, 0], found[1][:, 0], atol=1e-4)

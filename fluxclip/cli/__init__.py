@@ -15,6 +15,7 @@ from fluxclip.cli import (
     demo_doctor,
     index_search,
     models,
+    search,
     shards,
     tokenizer,
     train_eval,
@@ -28,7 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verbs in (train_eval, models, convert, tokenizer, chunk, shards, index_search, demo_doctor):
+for verbs in (
+    train_eval, models, convert, tokenizer, chunk, shards, index_search, search, demo_doctor
+):  # fmt: skip
     app.add_typer(verbs.app)  # without a name: its verbs become verbs of `fluxclip`, in this order
 
 

@@ -1,12 +1,12 @@
-"""The verbs about collections of videos: index ..., search."""
+"""The verbs about collections of videos: index ..."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluxclip.cli.arguments import AsJson, Model
+from fluxclip.cli import exchange
+from fluxclip.cli.arguments import AsJson, Cut, Model, StrideS, WindowS, key_values
 from fluxclip.cli.output import list_failed, print_json, progress_bar, say
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 index_app = typer.Typer(help="Build and keep a collection of videos.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
+index_app.add_typer(exchange.app)
 
 
 @index_app.command("create")
@@ -22,15 +23,20 @@ def index_create(
     collection: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
     model: Model,
     token_budget: Annotated[int | None, typer.Option(help="tokens per segment")] = None,
-    window_s: Annotated[
-        float, typer.Option(help="longer videos are cut into windows of so many seconds")
-    ] = 10.0,
+    cut: Cut = "windows",
+    window_s: WindowS = 10.0,
+    stride_s: StrideS = None,
 ) -> None:
     """Make an empty collection for the vectors of one model."""
     from retrieval import Collection
 
     with Collection.create(
-        collection, model=model, token_budget=token_budget, window_s=window_s
+        collection,
+        model=model,
+        token_budget=token_budget,
+        cut=cut,
+        window_s=window_s,
+        stride_s=stride_s,
     ) as made:
         info = made.info()
     print(
@@ -51,15 +57,18 @@ def index_add(
     meta: Annotated[
         list[str] | None, typer.Option(help="metadata of these videos, key=value; repeatable")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="remove videos whose file is gone from these folders")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Add videos and images; what is there already and unchanged is skipped."""
     from retrieval import Collection
 
-    metadata = _key_values(meta or [], "--meta")
+    metadata = key_values(meta or [], "--meta")
     with Collection.open(collection) as opened, progress_bar("add") as advance:
         report = opened.add(
-            paths, metadata=metadata,
+            paths, metadata=metadata, prune=prune,
             progress=lambda done, total, path: advance(done, total),
         )  # fmt: skip
         segments = len(opened)
@@ -68,11 +77,19 @@ def index_add(
             {
                 "added": report.added,
                 "skipped": report.skipped,
+                "moved": report.moved,
+                "missing": report.missing,
                 "failed": report.failed,
                 "segments": segments,
             }
         )
     else:
+        for old, new in report.moved.items():
+            say(f"moved: {old} -> {new}")
+        for path in report.missing:
+            say(f"removed, its file is gone: {path}" if prune else f"its file is gone: {path}")
+        if report.missing and not prune:
+            say("note: these can still be found; --prune removes them")
         print(
             f"{collection}: {report.added} added, {report.skipped} skipped, "
             f"{len(report.failed)} failed; {segments} segments now"
@@ -82,15 +99,32 @@ def index_add(
 
 @index_app.command("remove")
 def index_remove(
-    collection: Path, videos: Annotated[list[str], typer.Argument(help="paths as added")]
+    collection: Path,
+    videos: Annotated[list[str] | None, typer.Argument(help="paths as added")] = None,
+    id: Annotated[list[int] | None, typer.Option(help="of a segment; repeatable")] = None,
 ) -> None:
-    """Remove videos from a collection; the files themselves stay."""
+    """Remove videos, or segments by their ids, in one step; the files themselves stay."""
+    from retrieval import Collection
+
+    if bool(videos) == bool(id):
+        raise ValueError("index remove takes paths of videos, or --id of segments")
+    with Collection.open(collection) as opened:
+        removed = opened.remove(video=videos) if videos else opened.remove(id=id)
+        print(f"{collection}: {removed} segments removed; {len(opened)} segments now")
+
+
+@index_app.command("backup")
+def index_backup(
+    collection: Path,
+    folder: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+) -> None:
+    """Copy a collection into a new folder, while it may be in use."""
     from retrieval import Collection
 
     with Collection.open(collection) as opened:
-        for video in videos:
-            removed = opened.remove(video=video)
-            print(f"{video}: {removed} segments removed")
+        opened.backup(folder)
+    with Collection.open(folder) as copy:
+        print(f"{folder}: a copy of {len(copy)} segments")
 
 
 @index_app.command("info")
@@ -127,64 +161,26 @@ def index_check(collection: Path) -> None:
 @index_app.command("rebuild")
 def index_rebuild(
     collection: Path,
-    index: Annotated[str | None, typer.Option(help="a FAISS factory string, such as Flat")] = None,
+    index: Annotated[
+        str | None, typer.Option(help="auto, or a FAISS factory string, such as Flat")
+    ] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="auto: what the vectors that are searched may take")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="auto: what one search may take")] = None,
 ) -> None:
     """Make the index anew from what is stored."""
     from retrieval import Collection
 
     with Collection.open(collection) as opened:
-        opened.rebuild(index=index)
-        print(f"{collection}: {opened.info()['index']} index of {len(opened)} segments")
-
-
-@app.command()
-def search(
-    collection: Path,
-    text: Annotated[str | None, typer.Argument(help="what to look for")] = None,
-    video: Annotated[str | None, typer.Option(help="look for what is like this video")] = None,
-    image: Annotated[str | None, typer.Option(help="look for what is like this picture")] = None,
-    k: Annotated[int, typer.Option("-k", help="hits")] = 10,
-    where: Annotated[
-        list[str] | None, typer.Option(help="only with this metadata, key=value; repeatable")
-    ] = None,
-    group_by: Annotated[
-        Literal["video"] | None, typer.Option(help="video: the best segment of each only")
-    ] = None,
-    json: AsJson = False,
-) -> None:
-    """Find the moments that answer a sentence, a video or a picture."""
-    from retrieval import Collection
-
-    conditions = _key_values(where or [], "--where")
-    with Collection.open(collection) as opened:
-        hits = opened.search(
-            text, video=video, image=image, k=k, where=conditions or None, group_by=group_by
+        opened.rebuild(
+            index,
+            memory_limit=None if memory_gb is None else int(memory_gb * 1e9),
+            latency_ms=latency_ms,
+            say=say,
         )
-        size = len(opened)
-    if json:
-        for hit in hits:
-            print_json(hit.to_dict())
-    for place, hit in enumerate([] if json else hits, start=1):
-        span = f"{hit.start_s:7.2f} - {hit.end_s:7.2f} s"
-        print(f"{place:3d}  {hit.score:.3f}  {span}  {hit.video}")
-    if len(hits) < k:
-        what = "that match" if conditions else f"in a collection of {size} segments"
-        say(f"note: {len(hits)} hits {what}; {k} were asked for")
-
-
-def _key_values(pairs: list[str], option: str) -> dict[str, str | int | float | bool]:
-    """key=value pairs; a value that reads as a JSON number or true/false is one."""
-    values: dict[str, str | int | float | bool] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{option} takes key=value, got {pair!r}")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        values[key] = value if isinstance(value, (str, int, float, bool)) else text
-    return values
+        made = opened.info()["index_file"] or {}
+        print(f"{collection}: {made.get('kind')} index of {len(opened)} segments")
 
 
 def _report_failures(report: "AddReport") -> None:

@@ -2,11 +2,20 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxclip.cli.arguments import Captions, Model, new_folder, read_counts
+from fluxclip.cli.arguments import (
+    Captions,
+    Cut,
+    Model,
+    StrideS,
+    WindowS,
+    key_values,
+    new_folder,
+    read_counts,
+)
 from fluxclip.cli.output import console, list_failed, progress_bar
 
 if TYPE_CHECKING:
@@ -17,12 +26,67 @@ app = typer.Typer()
 
 @app.command()
 def embed(
-    files: Annotated[list[str], typer.Argument(help="video or image files")],
+    files: Annotated[
+        list[str], typer.Argument(help="videos and images; with --shard folders and patterns too")
+    ],
     model: Model,
-    output: Annotated[Path, typer.Option(help="where the vectors go: an .npz file")],
-    token_budget: Annotated[int | None, typer.Option(help="tokens per clip")] = None,
+    output: Annotated[
+        Path, typer.Option(help="where the vectors go: an .npz file, or with --shard a folder")
+    ],
+    token_budget: Annotated[int | None, typer.Option(help="tokens per clip or segment")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/N, from 0/N to N-1/N: only this part, as Parquet")
+    ] = None,
+    cut: Cut = "windows",
+    window_s: WindowS = 10.0,
+    stride_s: StrideS = None,
+    meta: Annotated[
+        list[str] | None, typer.Option(help="with --shard: as in index add, key=value; repeatable")
+    ] = None,
 ) -> None:
-    """Write unit vectors of videos: arrays `vectors` (N, dim) and `files`, and the fingerprint."""
+    """Write unit vectors of videos: arrays `vectors` (N, dim) and `files`, and the fingerprint.
+
+    With --shard each segment of each video is embedded, and N jobs share the work: see docs/search.
+    """
+    if shard is not None:
+        cutting = {"cut": cut, "window_s": window_s, "stride_s": stride_s}
+        _embed_shard(files, output, shard, model, token_budget, cutting, meta or [])
+        return
+    if (cut, window_s, stride_s, meta) != ("windows", 10.0, None, None):
+        raise ValueError("--cut, --window-s, --stride-s and --meta go with --shard i/N")
+    _embed_files(files, output, model, token_budget)
+
+
+def _embed_shard(
+    paths: list[str],
+    folder: Path,
+    shard: str,
+    model: str,
+    token_budget: int | None,
+    cutting: dict[str, Any],
+    meta: list[str],
+) -> None:
+    from retrieval import embed_shard
+
+    number, slash, num_shards = shard.partition("/")
+    if not (number.isdecimal() and slash and num_shards.isdecimal()):
+        raise ValueError(f"--shard takes i/N, as 0/16 or 15/16, got {shard!r}")
+    with progress_bar("embed") as advance:
+        report = embed_shard(
+            paths, folder, shard=(int(number), int(num_shards)), model=model,
+            token_budget=token_budget, metadata=key_values(meta, "--meta"),
+            progress=lambda done, total, path: advance(done, total), **cutting,
+        )  # fmt: skip
+    print(
+        f"{report.file}: {report.videos} videos, {report.segments} segments, "
+        f"{len(report.failed)} failed{'; it was done already' if report.was_done else ''}"
+    )
+    list_failed("not embedded", report.failed)
+    if report.named_failed:
+        raise typer.Exit(2)
+
+
+def _embed_files(files: list[str], output: Path, model: str, token_budget: int | None) -> None:
     import numpy as np
 
     from fluxclip import load_model
@@ -62,7 +126,8 @@ def export(
 ) -> None:
     """Write a model's text tower as ONNX: text to unit vectors without torch.
 
-    `index create` does so for its collection; COLLECTION/text_encoder is where it belongs.
+    `index create` does so for its collection; COLLECTION/text_encoder is where it belongs, or
+    text_encoder-SPACE once that was re-embedded (`space` in index info).
     """
     from fluxclip.data.sources import annotations
     from retrieval import export_text_encoder

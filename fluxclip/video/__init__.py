@@ -16,13 +16,14 @@ from fluxclip.video.reader import (
     read_clip,
 )
 from fluxclip.video.sampling import evenly_spread, random_crop, random_per_part
-from fluxclip.video.segments import Segment, windows
+from fluxclip.video.segments import Cutting, Segment, windows
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
     "Box",
     "Clip",
+    "Cutting",
     "Fit",
     "Segment",
     "VideoError",

@@ -8,13 +8,15 @@
 The same frames give the same bytes: one thread, and no draws.
 """
 
-import io
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import IO
 
 import av
+from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.filter import Graph
 from av.video.codeccontext import VideoCodecContext
@@ -49,24 +51,27 @@ def scaled_size(width: int, height: int, *, side: int) -> tuple[int, int]:
 
 
 def encode(
-    file: io.BytesIO,
+    file: IO[bytes],
     frames: Iterable[tuple[int, av.VideoFrame]],
     *,
     end_ticks: int,
     tick: Fraction,
     size: tuple[int, int],
     gop: int,
+    sound: Iterable[av.AudioFrame] = (),
 ) -> list[int]:
-    """Write frames as an mp4 without sound, upright and opaque; returns their ticks as given.
+    """Write frames as an mp4, upright and opaque; returns their ticks as given.
 
     Args:
-        file: in memory; FFmpeg would tell of a disk that is full in many words, or not at all.
+        file: open, can be sought in. What writing to it raises is raised.
         frames: ticks, strictly ascending, and frames as `PyavVideo.walk` gives them. The first is
             at time 0 of the mp4 and all others keep their distance to it exactly.
         end_ticks: when the last frame ends.
         tick: the unit of ticks in seconds.
         size: (width, height) in pixels of the upright picture, even.
         gop: every so many frames is a keyframe that no frame refers beyond.
+        sound: all of one rate and layout, with times from 0 of the mp4; coded as AAC. Without any
+            the mp4 has no sound.
 
     Raises EncodingError for no frames, for frames that change size on the way, and where the
     encoder refuses them.
@@ -78,12 +83,38 @@ def encode(
             ticks.append(pair[0])
             yield pair
 
+    kept = _File(file)
     try:
-        with av.open(file, "w", format="mp4") as container:
-            _write(container, chain(noted(), [(end_ticks, None)]), tick, size, gop)
+        with av.open(kept, "w", format="mp4") as container:
+            _write(container, chain(noted(), [(end_ticks, None)]), tick, size, gop, sound)
     except av.FFmpegError as error:
-        raise EncodingError(f"cannot be encoded ({error.strerror})") from error
+        if kept.error is None:
+            raise EncodingError(f"cannot be encoded ({error.strerror})") from error
+    if kept.error is not None:
+        raise kept.error
     return ticks
+
+
+class _File:
+    """Keeps what went wrong in writing to a file: FFmpeg says no more than that something did."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+        self.tell, self.seekable = file.tell, file.seekable
+
+    def write(self, data: bytes) -> int:
+        return self._noted(self._file.write, data)
+
+    def seek(self, at: int, whence: int = 0) -> int:  # writes what a buffer holds
+        return self._noted(self._file.seek, at, whence)
+
+    def _noted(self, act: Callable[..., int], *arguments: object) -> int:
+        try:
+            return act(*arguments)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
 
 def times_in(path: Path) -> list[Fraction]:
@@ -101,9 +132,11 @@ def _write(
     tick: Fraction,
     size: tuple[int, int],
     gop: int,
+    sound: Iterable[av.AudioFrame],
 ) -> None:
     stream, picture, origin = container.add_stream("libx264", options=CODING), None, 0
     assert isinstance(stream, VideoStream)
+    beside = _Sound(container, sound)
     lasts: dict[int, int] = {}  # the encoder forgets how long a frame is on screen
 
     def put(packets: list[av.Packet]) -> None:
@@ -119,12 +152,38 @@ def _write(
             _set_up(stream.codec_context, frame, size, tick, gop)
         small = picture.of(frame)
         small.pts, small.time_base = at - origin, tick
+        beside.put(until_s=float(small.pts * tick))
         small.pict_type = PictureType.NONE  # what it was in the source is no wish
         lasts[small.pts] = max(1, following - at)
         put(stream.encode(small))
     if picture is None:
         raise EncodingError("no frames to encode")
     put(stream.encode())
+    beside.finish()
+
+
+class _Sound:
+    """Codes sound beside the pictures, a little at a time, so that neither waits in memory."""
+
+    def __init__(self, container: OutputContainer, frames: Iterable[av.AudioFrame]) -> None:
+        self._container, self._frames = container, iter(frames)
+        self._next = next(self._frames, None)
+        self._stream: AudioStream | None = None
+        if self._next is not None:
+            rate, layout = self._next.sample_rate, self._next.layout.name
+            self._stream = container.add_stream("aac", rate=rate, layout=layout)
+
+    def put(self, *, until_s: float) -> None:
+        while self._stream and self._next is not None:
+            if self._next.time is not None and self._next.time > until_s:
+                return
+            self._container.mux(self._stream.encode(self._next))
+            self._next = next(self._frames, None)
+
+    def finish(self) -> None:
+        self.put(until_s=math.inf)
+        if self._stream:
+            self._container.mux(self._stream.encode())
 
 
 def _set_up(

@@ -1,6 +1,7 @@
 """Files to clips: `probe` says what is in a file, `read_clip` reads frames chosen by time."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
@@ -24,6 +25,8 @@ VIDEO_SUFFIXES = frozenset(
     + [".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"]
 )
 IMAGE_SUFFIXES = frozenset([".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
+
+FRAMES_AT_ONCE = 64  # small ones, that nobody keeps
 
 
 P = ParamSpec("P")
@@ -173,6 +176,38 @@ def probe_and_read(
         if info.duration_s > up_to_s:
             return info, None
         return info, Clip(*video.read(evenly_spread(0.0, info.duration_s, num_frames), framing))
+
+
+def read_on(
+    path: str | Path,
+    *,
+    step_s: float,
+    side: int,
+    fit: Fit = "squash",
+    decoder: str = "pyav",
+) -> Iterator[Clip]:
+    """A video from end to end, as clips of up to `FRAMES_AT_ONCE` frames that follow each other.
+
+    The frames on screen in the middle of every `step_s` seconds, as `read_clip` reads them, but
+    each only once: all of a video that shows none for less. What was given is not kept: two hours
+    take no more memory than two minutes. A still is one frame. Raises what `read_clip` does, on
+    the way.
+    """
+    path = _existing_file(path)
+    framing = Framing(side, fit, None)
+    if is_image(path):
+        yield read_clip(path, num_frames=1, side=side, fit=fit)
+        return
+    with _open_video(path, decoder) as video:
+        duration_s, last_s = video.info.duration_s, -math.inf
+        middles_s = np.arange(0.5, max(1.0, duration_s / step_s)) * step_s
+        middles_s = np.minimum(middles_s, np.nextafter(duration_s, 0))
+        for at in range(0, len(middles_s), FRAMES_AT_ONCE):
+            frames_THWC, times_s = video.read(middles_s[at : at + FRAMES_AT_ONCE], framing)
+            is_new = np.diff(times_s, prepend=last_s) > 0
+            last_s = times_s[-1]
+            if is_new.any():
+                yield Clip(frames_THWC[is_new], times_s[is_new])
 
 
 def _checked_times(times_s: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

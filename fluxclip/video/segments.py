@@ -1,7 +1,14 @@
 """How a long video is cut into pieces [start_s, end_s) that are embedded one by one."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+# A shot of less is no moment that anybody looks for: a flash, a fade, or a cut that was none.
+SHORTEST_SHOT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,85 @@ def windows(duration_s: float, length_s: float, stride_s: float | None = None) -
     elif left_over_s > 0:
         pieces[-1] = Segment(pieces[-1].start_s, duration_s)
     return pieces
+
+
+def shots(
+    duration_s: float,
+    cuts_s: Sequence[float],
+    *,
+    longest_s: float,
+    stride_s: float | None = None,
+) -> list[Segment]:
+    """The pieces of a video between its cuts, long ones in windows of `longest_s` (see `windows`).
+
+    cuts_s: when each shot but the first begins, ascending, in (0, duration_s). A shot of less than
+    `SHORTEST_SHOT_S` joins the one after it, the last the one before it. Every instant of
+    [0, duration_s) lies in a piece, and no piece reaches over a cut that was kept.
+    """
+    starts_s = [0.0]
+    for cut_s in cuts_s:
+        if cut_s - starts_s[-1] >= SHORTEST_SHOT_S:
+            starts_s.append(float(cut_s))
+    if len(starts_s) > 1 and duration_s - starts_s[-1] < SHORTEST_SHOT_S:
+        del starts_s[-1]
+    pieces: list[Segment] = []
+    for start_s, end_s in pairwise([*starts_s, duration_s]):
+        inside = windows(end_s - start_s, longest_s, stride_s)
+        pieces += [Segment(start_s + piece.start_s, start_s + piece.end_s) for piece in inside]
+        pieces[-1] = Segment(pieces[-1].start_s, end_s)  # not a rounding beside it
+    return pieces
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How long videos are cut into the pieces that are embedded one by one.
+
+    Attributes:
+        cut: "windows" of equal length, or "shots", found by PySceneDetect (extra `shots`); shots
+            longer than `window_s` are cut into windows.
+        window_s: the length of a window.
+        stride_s: a window begins every so many seconds; None for `window_s`, without overlap.
+
+    Raises ValueError for anything else, and for a stride outside (0, window_s].
+    """
+
+    cut: Literal["windows", "shots"] = "windows"
+    window_s: float = 10.0
+    stride_s: float | None = None
+
+    def __post_init__(self) -> None:
+        known = get_args(Cutting.__annotations__["cut"])
+        if self.cut not in known:
+            raise ValueError(f"cut must be one of {', '.join(map(repr, known))}, not {self.cut!r}")
+        if not 0 < self.window_s < math.inf:
+            raise ValueError(f"window_s must be more than 0 seconds, got {self.window_s!r}")
+        if self.stride_s is not None and not 0 < self.stride_s <= self.window_s:
+            raise ValueError(
+                f"stride_s must be more than 0 and at most window_s={self.window_s:g}, which "
+                f"leaves no gap; got {self.stride_s!r}"
+            )
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Cutting":
+        """From the settings of a collection; what they do not say is as it always was."""
+        stated = (part.name for part in fields(cls) if part.name in settings)
+        return cls(**{name: settings[name] for name in stated})
+
+    def check_installed(self) -> None:
+        """Raise ValueError where what this way of cutting needs is not installed."""
+        if self.cut == "shots":
+            from fluxclip.video.shots import check_installed
+
+            check_installed()
+
+    def segments(self, path: str | Path, duration_s: float) -> list[Segment]:
+        """The pieces of a video of that length, in order, at least one; of a still [0, 0).
+
+        By shots, the video is read from end to end. Raises what `shots.cut_times_s` does.
+        """
+        if self.cut == "windows" or duration_s == 0:
+            return windows(duration_s, self.window_s, self.stride_s)
+        from fluxclip.video.shots import cut_times_s  # imports the reader, and with it NumPy
+
+        cuts_s = cut_times_s(path)
+        return shots(duration_s, cuts_s, longest_s=self.window_s, stride_s=self.stride_s)

@@ -3,10 +3,14 @@
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,8 @@ from PIL import Image
 
 from fluxclip.video import Clip, chunk_writer, probe, read_clip, windows
 from fluxclip.video.chunks import Settings
-from retrieval import Collection
+from retrieval import Collection, ingest
+from retrieval.schema import DATABASE
 
 
 def _paths(collection: Collection) -> list[str]:
@@ -172,6 +177,78 @@ def test_changed_file_replaces_its_segments(
         assert id in [hit.id for hit in hits if hit.score == pytest.approx(1, abs=1e-6)]
     assert {hit.video for hit in hits} == {str(path), str(clips[1])}
     assert all(hit.metadata == {"camera": "north", "year": 2020} for hit in hits)
+
+
+def test_a_moved_file_keeps_its_ids_and_is_not_embedded_again(
+    many_windows: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "videos"
+    (folder / "deep").mkdir(parents=True)
+    for name, clip in (("a.mp4", clips[0]), ("b.mp4", clips[1]), ("twin.mp4", clips[1])):
+        shutil.copy(clip, folder / name)
+    many_windows.add(folder, metadata={"camera": "north"})
+    a, b = (_segments(many_windows, folder / name) for name in ("a.mp4", "b.mp4"))
+    many_windows.close()
+
+    (folder / "a.mp4").rename(folder / "deep" / "c.mp4")
+    os.utime(folder / "deep" / "c.mp4", ns=(1, 1))
+    shutil.copy(folder / "b.mp4", folder / "copy.mp4")
+    with Collection.open(many_windows._store.folder) as again:  # with a model that nobody knows
+        with pytest.raises(ValueError, match="which cannot be loaded"):
+            again.add(folder / "copy.mp4")  # what it is a copy of is still there
+        report = again.add(folder / "deep", metadata={"year": 2020})
+        assert report.moved == {str(folder / "a.mp4"): str(folder / "deep" / "c.mp4")}
+        assert (report.added, report.skipped, report.failed) == (0, 0, {})
+        assert report.missing == ()
+        assert _segments(again, folder / "deep" / "c.mp4") == a
+        [hit, *_] = again.search(vector=again._store.vectors(np.array([a[0][0]]))[1][0], k=1)
+        assert hit.metadata == {"camera": "north", "year": 2020}
+        assert again.add(folder / "deep").skipped == 1
+
+        # of two that are the same, each goes to one new name; what is left over would be new
+        (folder / "copy.mp4").unlink()
+        for name in ("b.mp4", "twin.mp4"):
+            (folder / name).rename(folder / "deep" / name)
+        moved = again.add([folder / "deep"]).moved
+        assert sorted(moved) == [str(folder / "b.mp4"), str(folder / "twin.mp4")]
+        assert sorted(moved.values()) == [str(folder / "deep" / n) for n in ("b.mp4", "twin.mp4")]
+        assert _segments(again, Path(moved[str(folder / "b.mp4")])) == b
+        assert again.check().problems == ()
+
+
+def test_files_that_are_gone_are_reported_and_removed_when_asked(
+    cats: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    folder, elsewhere = tmp_path / "videos", tmp_path / "videos 2"
+    for name in ("a.mp4", "b.mp4", "deep/c.mp4", "deep/d.mp4"):
+        for parent, first in ((folder, 0), (elsewhere, 4)):
+            (parent / "deep").mkdir(parents=True, exist_ok=True)
+            shutil.copy(clips[first + ord(name[-5]) - ord("a")], parent / name)
+    cats.add([folder, elsewhere])
+    for parent in (folder, elsewhere):
+        (parent / "b.mp4").unlink()
+        (parent / "deep" / "c.mp4").unlink()
+    gone = tuple(str(folder / name) for name in ("b.mp4", "deep/c.mp4"))
+    revision = cats._store.revision()
+    assert cats.add(folder).missing == gone
+    assert cats.add(folder, recursive=False).missing == gone[:1]
+    assert cats.add(folder / "a.mp4").missing == ()
+    assert cats._store.revision() == revision and len(cats) == 8
+
+    (folder / "deep" / "c.mp4").symlink_to("nowhere")  # there is something under its name
+    report = cats.add(folder, prune=True)
+    assert (report.missing, list(report.failed)) == (gone[:1], [gone[1]])
+    assert len(cats) == 7 and gone[0] not in _paths(cats)
+    hits = cats.search(vector=np.ones(cats.info()["dim"]), k=100)
+    assert sorted(hit.video for hit in hits) == _paths(cats)
+
+    for path in elsewhere.rglob("*.mp4"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no video or image in"):  # as if it were not mounted
+        cats.add(elsewhere, prune=True)
+    report = cats.add([folder, elsewhere], prune=True)
+    assert report.missing == () and list(report.named_failed) == [str(elsewhere)]
+    assert len(cats) == 7
 
 
 def test_unreadable_change_keeps_what_was_stored(
@@ -394,6 +471,38 @@ class _Breaks(LayoutEmbedder):
         raise RuntimeError("out of memory")
 
 
+def test_commits_are_flushed_one_by_one_again_after_an_add(
+    cats: Collection, clips: list[Path]
+) -> None:
+    def flushing() -> int:
+        [(level,)] = cats._store._db.execute("PRAGMA synchronous").fetchall()
+        return int(level)
+
+    def stop(done: int, total: int, path: str) -> None:
+        levels.append(flushing())
+        raise KeyboardInterrupt
+
+    levels: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        cats.add(clips[:3], progress=stop)
+    assert levels == [1] and flushing() == 2  # NORMAL, FULL
+    # all of it is in the database by then, none of it in the log alone
+    name = f"file:{cats._store.folder / DATABASE}?immutable=1"
+    with closing(sqlite3.connect(name, uri=True)) as alone:
+        assert alone.execute("SELECT count(*) FROM videos").fetchone() == (1,)
+
+
+def test_decoders_give_way_to_what_embeds() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    with ThreadPoolExecutor(1, initializer=ingest._step_back) as pool:
+        more = ingest.NICENESS_OF_DECODERS if sys.platform == "linux" else 0
+        assert pool.submit(niceness).result() == min(19, before + more)
+    assert niceness() == before
+
+
 def test_whatever_breaks_names_the_files(tmp_path: Path, clips: list[Path]) -> None:
     with (
         Collection.create(tmp_path / "a", model=_Breaks()) as collection,
@@ -428,6 +537,39 @@ def test_linked_folders_are_searched_once(
     (elsewhere / "round").symlink_to(elsewhere)
     assert cats.add(folder).failed == {}
     assert _paths(cats) == [str(folder / "deep" / "a.mp4"), str(folder / "link" / "b.mp4")]
+
+
+def test_files_that_only_look_like_videos(
+    cats: Collection, film: Path, clips: list[Path], tmp_path: Path
+) -> None:
+    """A header and nothing behind it, nothing at all, and 4 GiB of holes."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "header.mp4").write_bytes(clips[0].read_bytes()[:48])
+    (folder / "header.webm").write_bytes(bytes.fromhex("1a45dfa39f4286810142f7810142f28104"))
+    (folder / "empty.mp4").touch()
+    for name in ("sparse.mp4", "sparse_with_header.mp4"):
+        with (folder / name).open("wb") as file:
+            file.write(film.read_bytes()[:64] if "header" in name else b"")
+            file.truncate(4 << 30)
+    shutil.copy(clips[0], folder / "good.mp4")
+    report = cats.add(folder)
+    bad = {str(path) for path in folder.iterdir()} - {str(folder / "good.mp4")}
+    assert report.added == 1 and set(report.failed) == bad and report.named_failed == ()
+    assert all(reason and "\n" not in reason for reason in report.failed.values())
+    assert len(cats) == 1 and cats.check().problems == ()
+
+
+def test_sql_in_metadata_is_only_text(cats: Collection, clips: list[Path]) -> None:
+    hostile = "'; DROP TABLE videos; --"
+    metadata = {hostile: hostile, 'a" OR 1=1': 1}
+    cats.add(clips[0], metadata=metadata)
+    cats.add(clips[1])
+    for where in (metadata, {hostile: {"in": [hostile]}}, {'a" OR 1=1': {"gte": 1}}):
+        [hit] = cats.search(video=clips[1], where=where)
+        assert hit.video == str(clips[0]) and hit.metadata == metadata
+    assert cats.search(video=clips[1], where={"camera": "x' OR '1'='1"}) == []
+    assert len(cats) == 2 and cats.check().problems == ()
 
 
 def test_a_name_that_is_not_utf8_is_said(

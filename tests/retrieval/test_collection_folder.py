@@ -16,7 +16,8 @@ import pytest
 from layout_embedder import LayoutEmbedder
 
 from retrieval import Collection, cache
-from retrieval.store import DATABASE
+from retrieval.collection import CheckReport
+from retrieval.schema import DATABASE
 
 
 @pytest.fixture
@@ -116,8 +117,9 @@ def test_a_model_named_by_a_relative_file_is_found_from_elsewhere(
     monkeypatch.chdir("/")
     with Collection.open(tmp_path / "cats") as again:
         assert again.search("a cat", target="text")[0].score == pytest.approx(1, abs=1e-5)
-    with Collection.open(tmp_path / "cats", model=again.model.source) as again:
-        assert "model" not in vars(again)  # not loaded: the same string
+        source = again.model.source
+    with Collection.open(tmp_path / "cats", model=source) as again:
+        assert not again._serving.is_loaded  # not loaded: the same string
 
 
 def test_what_needs_no_model_loads_none(filled: Collection) -> None:
@@ -126,7 +128,7 @@ def test_what_needs_no_model_loads_none(filled: Collection) -> None:
         info = again.info()
         assert (info["videos"], info["segments"], info["texts"]) == (12, 12, 0)
         assert (info["name"], info["model_name"], info["window_s"]) == ("cats", "layout", 5.0)
-        assert info["token_budget"] is None and info["index"] == "Flat"
+        assert info["token_budget"] is None and info["index"] == "auto"
         assert info["size_bytes"] > 10_000
         assert _ids(again) == list(range(1, 13))
         assert again.remove(id=3) == 1 and len(again) == 11
@@ -161,6 +163,55 @@ def test_one_segment_of_a_video_can_be_removed(many_windows: Collection, clips: 
     assert many_windows.add(clips[0]).skipped == 1  # known; what was removed stays removed
     assert many_windows.remove(video=clips[0]) == n - 1
     assert many_windows.info()["videos"] == 0 and _ids(many_windows) == []
+
+
+def test_a_list_is_removed_in_one_step_or_not_at_all(filled: Collection, clips: list[Path]) -> None:
+    before = filled._store.revision()[0]
+    for what, named in (
+        ({"video": [clips[0], "/no/where.mp4", "/nor/here.mp4"]}, "video '/no/where.mp4', nor 1"),
+        ({"id": [1, 99]}, "segment 99"),
+        ({"text": ["a dog"]}, "text 'a dog'"),
+    ):
+        with pytest.raises(ValueError, match=f"'cats' holds no {named}"):
+            filled.remove(**what)  # type: ignore[arg-type]
+    assert filled._store.revision()[0] == before and len(filled) == 12
+    assert filled.remove(video=[clips[0], str(clips[1])]) == 2
+    assert filled.remove(id=[3, 5, 12]) == 3
+    assert filled._store.revision()[0] == before + 2
+    assert _ids(filled) == [4, 6, 7, 8, 9, 10, 11]
+    filled.add_texts(["a dog", "a cat"])
+    assert filled.remove(text=["a cat", "a dog"]) == 2
+
+
+def test_a_backup_answers_as_the_collection_did(
+    filled: Collection, embedder: LayoutEmbedder, clips: list[Path], tmp_path: Path
+) -> None:
+    folder, target = filled._store.folder, tmp_path / "kept" / "copy"
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "manifest.json").write_text("{}")
+    filled.add(clips[12:14], metadata={"year": 2020})  # newer than the index
+    expected = filled.search(video=clips[3], k=20)
+    with filled._store.sole_writer():  # nobody is waited for
+        filled.backup(target)
+    filled.remove(video=clips[:10])
+    assert sorted(os.listdir(target)) == [DATABASE, "index.faiss", "text_encoder"]
+    with Collection.open(target, model=embedder) as copy:
+        assert copy.search(video=clips[3], k=20) == expected
+        assert copy.check() == CheckReport((), (), ())
+        assert copy.add(clips[14]).added == 1
+    with pytest.raises(FileExistsError, match="exists already"):
+        filled.backup(target)
+    assert [path.name for path in target.parent.iterdir()] == ["copy"]
+
+
+def test_a_backup_with_a_damaged_index_finds_all(
+    filled: Collection, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _flip_a_byte(filled._store.folder / "index.faiss")
+    filled.backup(tmp_path / "copy")
+    with Collection.open(tmp_path / "copy") as copy:
+        assert _ids(copy) == list(range(1, 13))
+        assert "its checksum is wrong" in caplog.text
 
 
 def _delete(index: Path) -> None:
@@ -270,13 +321,13 @@ def _back_up_and_restore(collection: Collection, meanwhile: Callable[[], object]
 @pytest.mark.parametrize("is_open", [True, False])
 @pytest.mark.parametrize("kind", ["Flat", "HNSW8"])
 def test_after_a_restored_backup_the_same_id_is_another_segment(
-    filled: Collection, clips: list[Path], kind: str, is_open: bool
+    filled: Collection, embedder: LayoutEmbedder, clips: list[Path], kind: str, is_open: bool
 ) -> None:
     filled.rebuild(index=kind)
     _back_up_and_restore(filled, lambda: (filled.add(clips[12]), filled.rebuild()))
     if not is_open:
         filled.close()
-        filled = Collection.open(filled._store.folder, model=filled.model)
+        filled = Collection.open(filled._store.folder, model=embedder)
     filled.add(clips[13])
     [hit] = filled.search(video=clips[13], k=1)
     assert (hit.id, hit.video) == (13, str(clips[13]))
@@ -301,7 +352,7 @@ def test_check_finds_the_index_of_before_a_restored_backup(
 def test_check_compares_vectors(filled: Collection, clips: list[Path]) -> None:
     """Changed by another program, so that nothing tells of it."""
     db = sqlite3.connect(filled._store.folder / DATABASE, isolation_level=None)
-    db.execute("UPDATE segments SET vector = (SELECT vector FROM segments WHERE id = 1)")
+    db.execute("UPDATE vectors_1 SET vector = (SELECT vector FROM vectors_1 WHERE segment_id = 1)")
     [fixed] = filled.check().fixed
     assert "its vectors are not those of the collection" in fixed
     assert filled.check().fixed == ()
@@ -327,19 +378,23 @@ def test_check_finds_damage_and_missing_files(
     assert cats.search(video=clips[0], k=1)[0].video == str(path)  # stays searchable
 
     db = sqlite3.connect(cats._store.folder / DATABASE, isolation_level=None)
-    db.execute("UPDATE segments SET vector = zeroblob(length(vector)) WHERE id = 2")
-    db.execute("UPDATE segments SET vector = x'0102' WHERE id = 3")
+    db.execute("UPDATE vectors_1 SET vector = zeroblob(length(vector)) WHERE segment_id = 2")
+    db.execute("UPDATE vectors_1 SET vector = x'0102' WHERE segment_id = 3")
     problems = cats.check().problems
     assert len(problems) == 2
     assert "the vector of segment 2 is of length 0 instead of 1: remove" in problems[0]
     assert "the vector of segment 3 is of 2 bytes instead of 192" in problems[1]
+    cats.add_texts(["a dog"])
+    db.execute("DELETE FROM text_vectors_1")
+    assert "a text's vector has the wrong size" in cats.check().problems[2]
+    cats.remove(text="a dog")
     for damaged in clips[1:3]:  # as it says
         cats.remove(video=damaged)
     cats.add(clips[1:3])
     assert cats.check().problems == ()
     assert len(_ids(cats)) == 4
 
-    db.execute("INSERT INTO segments VALUES (90, 77, 0, 1, x'')")
+    db.execute("INSERT INTO segments VALUES (90, 77, 0, 1)")
     assert cats.check().problems == ("segments 90 belongs to no videos",)
 
 
@@ -365,7 +420,7 @@ def test_rebuild_as_another_kind(
     filled.rebuild(index=kind)
     assert filled.info()["index"] == kind
     filled.close()
-    with Collection.open(filled._store.folder, model=filled.model) as again:
+    with Collection.open(filled._store.folder, model=LayoutEmbedder()) as again:
         assert not caplog.records  # taken from its file
         for path, hits in exact.items():
             assert again.search(video=path, k=1) == hits  # the score too
@@ -402,7 +457,7 @@ def test_rebuild_refuses_and_changes_nothing(filled: Collection) -> None:
         filled.rebuild(index="IVF4096,SQ8")
     with pytest.raises(ValueError, match="does not know the index 'Flatt'"):
         filled.rebuild(index="Flatt")
-    assert filled.info()["index"] == "Flat" and _ids(filled) == list(range(1, 13))
+    assert filled.info()["index"] == "auto" and _ids(filled) == list(range(1, 13))
 
 
 def test_too_few_vectors_for_the_kind_are_searched_one_by_one(
@@ -459,6 +514,49 @@ def test_read_only_folder_can_be_searched_not_changed(
     assert lines[0] == "12" and len(lines) == 3
     assert all(line.startswith(refusal) for line in lines[1:])
     assert done.stderr == ""
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(
+    filled: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the disk: it needs no rights."""
+    expected = filled.search(video=clips[3], k=100)
+    folder = filled._store.folder
+    filled.close()
+    script = f"""
+        import resource, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from layout_embedder import LayoutEmbedder
+        from retrieval import Collection
+
+        collection = Collection.open({str(folder)!r}, model=LayoutEmbedder())
+        collection.search(video={str(clips[3])!r})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        for write in (
+            lambda: collection.add({str(clips[12])!r}),
+            lambda: collection.remove(id=[1, 2, 3]),
+            lambda: collection.rebuild(index="SQ8"),
+            lambda: collection.rebuild(),
+            lambda: collection.backup({str(tmp_path / "copy")!r}),
+        ):
+            try:
+                write()
+            except OSError as error:
+                print(error)
+        print(len(collection.search(video={str(clips[3])!r}, k=100)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # FAISS complains there too
+    *messages, num_hits = done.stdout.splitlines()
+    assert len(messages) == 5 and num_hits == "12"
+    for message in messages:
+        assert "of collection 'c" in message or "cannot write" in message
+    assert sorted(os.listdir(tmp_path)) == ["cats"]
+    with Collection.open(folder, model=LayoutEmbedder()) as again:
+        assert again.search(video=clips[3], k=100) == expected
+        assert again.check() == CheckReport((), (), ())
+        assert again.add(clips[12]).added == 1 and again.remove(id=[1, 2]) == 2
 
 
 def test_importing_a_collection_loads_neither_torch_nor_faiss() -> None:

@@ -1,16 +1,25 @@
 """Searching: exact against NumPy for every kind of query and filter, and clear refusals."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from layout_embedder import LayoutEmbedder
 
+import retrieval
 from fluxclip.video import read_clip
-from retrieval import Collection, Hit
+from retrieval import Collection, Hit, Query
 
 CAMERAS = ("north", "south", "east")
+
+Answer = tuple[int, str, float, float]  # id, video, start_s, end_s
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +182,215 @@ def test_a_hit_is_the_same_json_everywhere(gallery: Collection, clips: list[Path
     }
 
 
+def test_every_public_name_is_there() -> None:
+    assert {name for name in dir(retrieval) if getattr(retrieval, name)} == set(retrieval.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Colection'"):
+        _ = retrieval.Colection
+
+
 def test_an_empty_collection_answers_with_nothing(cats: Collection) -> None:
     assert cats.search("a dog") == [] and len(cats) == 0
     assert cats.search("a dog", where={"camera": "north"}, group_by="video") == []
+
+
+# -- everything that orders and cuts the list, against lists that are plainly worked out
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment of the crowd: eight films, one after the other of windows of which half overlap."""
+
+    id: int
+    video: str
+    start_s: float
+    end_s: float
+    year: int
+    vector: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def crowd(
+    tmp_path_factory: pytest.TempPathFactory, embedder: LayoutEmbedder, clips: list[Path]
+) -> Iterator[tuple[Collection, list[Piece]]]:
+    """A collection of 8 films and 720 segments, in an exact index but for the last of them."""
+    numbers = np.random.default_rng(3)
+    with Collection.create(tmp_path_factory.mktemp("crowd") / "crowd", model=embedder) as crowd:
+        crowd.add(clips[:1])
+        [state] = crowd._store.files().values()
+        crowd.remove(video=clips[0])
+        for film in range(8):
+            n = 20 + 20 * film
+            starts = np.sort(numbers.choice(3 * n, n, replace=False)).astype(float)
+            vectors = numbers.normal(size=(n, embedder.dim)) + numbers.normal(size=embedder.dim)
+            vectors[5::7] = vectors[4::7][: len(vectors[5::7])]  # equal scores
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            segments = [(start, start + 1 + i % 2) for i, start in enumerate(starts.tolist())]
+            year = {"year": 2018 + film % 4}
+            crowd._store.put_video(
+                f"/{film}.mp4", state, 3.0 * n, segments, vectors.astype(np.float32), year
+            )
+            if film == 5:
+                crowd.rebuild()
+        ids, vectors = crowd._store.vectors()
+        rows = crowd._store.segments(ids)
+        pieces = [
+            Piece(row.id, row.video, row.start_s, row.end_s, 2018 + int(row.video[1]) % 4, vector)
+            for row, vector in zip((rows[id] for id in ids.tolist()), vectors, strict=True)
+        ]
+        yield crowd, pieces
+
+
+def _expected(pieces: list[Piece], query: np.ndarray, up_to: int, **options: Any) -> list[Answer]:
+    """The first `up_to` answers, from a look at every segment."""
+    unit = (query / np.linalg.norm(query)).astype(np.float32)
+    bounds = (options["where"] or {}).get("year", {})
+    least = -2 if options["min_score"] is None else options["min_score"]
+    scored = [(-float((p.vector.astype(float) * unit).sum()), p) for p in pieces]
+    scored.sort(key=lambda pair: (pair[0], pair[1].id))
+    gap = options["merge_gap_s"]
+    answers: list[tuple[float, Answer]] = []
+    for negative, piece in scored:
+        if not (bounds.get("gte", 0) <= piece.year < bounds.get("lt", 3000)) or -negative < least:
+            continue
+        wider = [*answers, (negative, (piece.id, piece.video, piece.start_s, piece.end_s))]
+        while gap is not None:  # any two that belong together, until there are none
+            pair = next((pair for pair in combinations(wider, 2) if _are_near(*pair, gap)), None)
+            if pair is None:
+                break
+            (score, (id, video, *_)), _ = min(pair), pair
+            span = min(part[1][2] for part in pair), max(part[1][3] for part in pair)
+            wider = [part for part in wider if part not in pair] + [(score, (id, video, *span))]
+        if len(_grouped(wider, **options)) > up_to:
+            break
+        answers = wider
+    return _grouped(answers, **options)
+
+
+def _are_near(a: tuple[float, Answer], b: tuple[float, Answer], gap: float) -> bool:
+    (_, (_, film, start, end)), (_, (_, other, other_start, other_end)) = a, b
+    return film == other and start - other_end <= gap and other_start - end <= gap
+
+
+def _grouped(answers: list[tuple[float, Answer]], **options: Any) -> list[Answer]:
+    ranked = [answer for _, answer in sorted(answers)]
+    if options["group_by"]:
+        return [a for i, a in enumerate(ranked) if a[1] not in {b[1] for b in ranked[:i]}]
+    return ranked
+
+
+def _shown(hits: list[Hit]) -> list[Answer]:
+    return [(hit.id, hit.video, hit.start_s, hit.end_s) for hit in hits]
+
+
+@given(
+    seed=st.integers(0, 5),
+    k=st.sampled_from([1, 3, 10, 40, 1000]),
+    offset=st.sampled_from([0, 1, 7, 100]),
+    min_score=st.sampled_from([None, -0.2, 0.05, 0.2, 0.9]),
+    group_by=st.sampled_from([None, "video"]),
+    merge_gap_s=st.sampled_from([None, None, 0, 1, 2.5]),
+    where=st.sampled_from([None, {"year": {"gte": 2019}}, {"year": {"gte": 2020, "lt": 2021}}]),
+)
+@settings(
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_filters_thresholds_groups_merges_and_pages_are_exact(
+    crowd: tuple[Collection, list[Piece]], seed: int, k: int, offset: int, **options: Any
+) -> None:
+    collection, pieces = crowd
+    # near to a film, so that most of the best are of one
+    film = pieces[150 * seed % len(pieces)].vector
+    query = film + 0.1 * np.random.default_rng(seed).normal(size=film.shape)
+    if options["merge_gap_s"] is not None:
+        offset, k = 0, min(k, 40)
+    hits = collection.search(vector=query, k=k, offset=offset, **options)
+    assert _shown(hits) == _expected(pieces, query, offset + k, **options)[offset:]
+    assert all(hit.score >= (options["min_score"] or -1.1) for hit in hits)
+
+
+def test_pages_are_the_list_in_pieces(crowd: tuple[Collection, list[Piece]]) -> None:
+    collection, pieces = crowd
+    query = pieces[77].vector
+    pages = [collection.search(vector=query, k=7, offset=at) for at in range(0, 735, 7)]
+    assert sum(pages, []) == collection.search(vector=query, k=1000)
+    assert pages[-1] == []
+
+
+def test_merging_joins_neighbours_of_one_video_only(
+    cats: Collection, clips: list[Path], embedder: LayoutEmbedder
+) -> None:
+    cats.add(clips[:1])
+    [state] = cats._store.files().values()
+    good, bad = np.zeros((2, embedder.dim), np.float32)
+    good[0], bad[1] = 1, 1
+    better = good + 0.1 * bad
+    better /= np.linalg.norm(better)
+    spans = [(0.0, 2.0), (2.0, 4.0), (4.0, 6.0), (5.0, 9.0), (10.5, 11.0)]
+    cats._store.put_video(
+        "/a.mp4", state, 11.0, spans, np.stack([good, better, bad, good, good]), {"name": "a"}
+    )
+    cats._store.put_video("/b.mp4", state, 11.0, spans[:1], better[None])
+    query = {"vector": better, "min_score": 0.9}
+
+    def found(**options: Any) -> list[tuple[str, float, float, int]]:
+        hits = cats.search(**query, **options)
+        assert [hit.metadata for hit in hits if hit.video == "/a.mp4"][0] == {"name": "a"}
+        return [(hit.video, hit.start_s, hit.end_s, hit.id) for hit in hits]
+
+    first = min(
+        id for id, row in cats._store.segments(np.arange(50)).items() if row.video == "/a.mp4"
+    )
+    a, b = "/a.mp4", "/b.mp4"
+    assert found(merge_gap_s=0) == [
+        (a, 0.0, 4.0, first + 1), (b, 0.0, 2.0, first + 5), (a, 5.0, 9.0, first + 3),
+        (a, 10.5, 11.0, first + 4),
+    ]  # fmt: skip
+    assert found(merge_gap_s=1)[0] == (a, 0.0, 9.0, first + 1)
+    assert len(found(merge_gap_s=1)) == 3
+    assert found(merge_gap_s=1.5) == [(a, 0.0, 11.0, first + 1), (b, 0.0, 2.0, first + 5)]
+    # what ranks below the last hit wanted widens none
+    assert found(merge_gap_s=1, k=1) == [(a, 2.0, 4.0, first + 1)]
+    assert found(merge_gap_s=0, group_by="video") == [
+        (a, 0.0, 4.0, first + 1), (b, 0.0, 2.0, first + 5)
+    ]  # fmt: skip
+
+
+def test_several_queries_at_once_are_each_answered_as_alone(
+    gallery: Collection, clips: list[Path]
+) -> None:
+    mix = [Query("a dog"), Query(video=clips[3], weight=0.5)]
+    queries = ["a night sky", Query(video=clips[2]), mix, Query("a night sky")]
+    together = gallery.search_many(queries, k=4, group_by="video")
+    assert together[0] == gallery.search("a night sky", k=4, group_by="video") == together[3]
+    assert together[1] == gallery.search(video=clips[2], k=4, group_by="video")
+    assert together[2] == gallery.search(mix=mix, k=4, group_by="video")
+    assert gallery.search_many([]) == []
+    texts = gallery.search_many(["the moon", Query(video=clips[0])], target="text", k=2)
+    assert texts[0] == gallery.search("the moon", target="text", k=2)
+    with pytest.raises(ValueError, match="search_many takes a list of queries"):
+        gallery.search_many("a night sky")
+
+
+def test_texts_in_pages_and_above_a_score(cats: Collection) -> None:
+    texts = [f"number {i} {i % 7}" for i in range(3000)]
+    cats.add_texts(texts)
+    query = cats.model.embed_text(["number 5"])[0]
+    scores = (cats.model.embed_text(texts).astype(float) * query).sum(axis=1)
+    order = np.lexsort((np.arange(3000), -scores)).tolist()
+    found = [
+        [hit.id - 1 for hit in cats.search("number 5", target="text", k=40, offset=at)]
+        for at in range(0, 3000, 40)
+    ]
+    assert sum(found, []) == order
+    least = float(np.sort(scores)[-25])
+    hits = cats.search("number 5", target="text", k=1000, min_score=least - 1e-7)
+    assert [hit.id - 1 for hit in hits] == order[: len(hits)] and len(hits) >= 25
+    assert cats.search("number 5", target="text", min_score=2.0) == []
+    cats.remove(text=texts[order[0]])
+    cats.add_texts("number 5 again")
+    assert order[0] + 1 not in {h.id for h in cats.search("number 5", target="text", k=3000)}
+    assert cats.search("number 5 again", target="text", k=1)[0].id == 3001
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, True, "3", None])
@@ -213,5 +428,16 @@ def test_bad_options(gallery: Collection) -> None:
         gallery.search("a", target="image")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cannot go with target"):
         gallery.search("a", target="text", where={"camera": "north"})
-    with pytest.raises(ValueError, match="metadata 'camera' must be text"):
+    with pytest.raises(ValueError, match="where 'camera': for one of several values"):
         gallery.search("a", where={"camera": ["north"]})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="cannot go with target"):
+        gallery.search("a", target="text", merge_gap_s=0)
+    for value in (-1, 1.5, True, None):
+        with pytest.raises(ValueError, match="offset must be a whole number, 0 or more; got"):
+            gallery.search("a", offset=value)  # type: ignore[arg-type]
+    for value in (-0.1, float("inf"), float("nan"), "3", True):
+        with pytest.raises(ValueError, match="merge_gap_s must be a number of seconds, 0 or"):
+            gallery.search("a", merge_gap_s=value)  # type: ignore[arg-type]
+    for value in (float("-inf"), float("nan"), "0.3", False):
+        with pytest.raises(ValueError, match="min_score must be a finite number; got"):
+            gallery.search("a", min_score=value)  # type: ignore[arg-type]

@@ -1,17 +1,25 @@
 """The SQLite file: whole transactions, ids that never come back, errors in a line."""
 
+import dataclasses
 import errno
+import json
 import shutil
 import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from retrieval import store as store_module
-from retrieval.store import DATABASE, FileState, Store, encode_metadata
+from retrieval import schema as schema_module
+from retrieval.schema import DATABASE
+from retrieval.store import FileState, SegmentRow, Store, VideoRow
 
 DIM = 8
 STATE = FileState(size=10, mtime_ns=20, sha256="30")
@@ -37,7 +45,7 @@ def test_create_makes_the_folder_in_one_step(tmp_path: Path) -> None:
     Store.create(tmp_path / "a" / "cats", {"dim": DIM, "window_s": 2.5})
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["cats"]
     settings = Store(tmp_path / "a" / "cats").settings()
-    assert settings == {"dim": DIM, "window_s": 2.5}
+    assert settings == {"dim": DIM, "window_s": 2.5, "space": 1}
     with pytest.raises(FileExistsError, match="exists already"):
         Store.create(tmp_path / "a" / "cats", {"dim": DIM})
     with pytest.raises(TypeError):  # what JSON cannot hold
@@ -70,22 +78,22 @@ def test_vectors_come_back_bit_for_bit_in_the_order_of_ids(store: Store) -> None
     ids, some = store.vectors(np.array([5, 2, 99]))
     assert ids.tolist() == [2, 5]
     np.testing.assert_array_equal(some, vectors[[1, 4]])
-    assert store.segments(np.array([4, 99])) == {4: store_module.SegmentRow(4, 2, "/bb", 0.0, 1.0)}
+    assert store.segments(np.array([4, 99])) == {4: SegmentRow(4, 2, "/bb", 0.0, 1.0)}
 
 
 def test_ids_are_never_used_again(store: Store) -> None:
     _put(store, "/a", 3)
-    assert store.remove_video("/a") == 3
+    assert store.remove_videos(["/a"]) == 3
     _put(store, "/a", 2)
     assert store.segment_ids().tolist() == [4, 5]
     _put(store, "/a", 2)  # replaced
     assert store.segment_ids().tolist() == [6, 7]
-    assert store.remove_segment(7) == 1 and store.remove_segment(7) == 0
+    assert store.remove_segments([7]) == 1 and store.remove_segments([7]) == 0
     assert list(store.files()) == ["/a"]
-    store.remove_segment(6)
+    store.remove_segments([6])
     assert store.counts() == {"videos": 0, "segments": 0, "texts": 0}
     store.put_texts(["x"], _vectors(1))
-    assert store.remove_text("x") == 1 and store.remove_text("x") == 0
+    assert store.remove_texts(["x"]) == 1 and store.remove_texts(["x"]) == 0
     store.put_texts(["x"], _vectors(1))
     assert store.texts()[0] == [(2, "x")]
 
@@ -112,7 +120,7 @@ def test_revision_grows_with_every_write_that_changes_something(store: Store) ->
     assert store.revision() == seen[-1]
     store.put_texts(["x"], _vectors(1))
     seen.append(store.revision())
-    store.remove_video("/a")
+    store.remove_videos(["/a"])
     seen.append(store.revision())
     assert seen == sorted(set(seen))
 
@@ -133,12 +141,6 @@ def test_metadata_keeps_types_and_compares_by_them(store: Store) -> None:
     assert store.segment_ids({"camera": "ñ 'x' \"y\""}).tolist() == [4]
     assert store.segment_ids({"camra": "north"}).tolist() == []
     assert store.segment_ids({}).tolist() == store.segment_ids().tolist() == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("metadata", [{"a": None}, {"a": [1]}, {"a": float("nan")}, {"": 1}])
-def test_metadata_that_cannot_be_compared_is_refused(metadata: dict) -> None:
-    with pytest.raises(ValueError, match="metadata"):
-        encode_metadata(metadata)
 
 
 def test_a_reader_sees_one_revision_and_holds_up_no_writer(store: Store) -> None:
@@ -162,7 +164,7 @@ def test_one_writer_at_a_time(store: Store, wait_s: float | None) -> None:
     ):
         pass
     waited_s = time.monotonic() - start_s
-    assert (waited_s < store_module.BUSY_TIMEOUT_S) == (wait_s == 0)
+    assert (waited_s < schema_module.BUSY_TIMEOUT_S) == (wait_s == 0)
     with other.sole_writer(wait_s=0):
         pass
 
@@ -211,7 +213,7 @@ def test_what_is_no_collection_is_said(store: Store, tmp_path: Path) -> None:
     newer = sqlite3.connect(database)
     newer.execute("PRAGMA user_version = 99")
     newer.close()
-    with pytest.raises(ValueError, match="'cats' has format 99, this program reads up to 3"):
+    with pytest.raises(ValueError, match="'cats' has format 99, this program reads up to 4"):
         Store(store.folder)
 
     database.write_bytes(b"not a database at all, not even nearly" * 100)
@@ -224,10 +226,10 @@ def test_a_file_of_an_older_format_is_brought_up_to_date(
 ) -> None:
     _put(store, "/a", 2)
     later = ("ALTER TABLE videos ADD COLUMN title TEXT", "CREATE TABLE extra (x)")
-    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, later))
+    monkeypatch.setattr(schema_module, "MIGRATIONS", (*schema_module.MIGRATIONS, later))
     again = Store(store.folder)
     assert again._db.execute("SELECT path, title FROM videos").fetchall() == [("/a", None)]
-    assert again._db.execute("PRAGMA user_version").fetchone() == (4,)
+    assert again._db.execute("PRAGMA user_version").fetchone() == (5,)
     assert again.segment_ids().tolist() == [1, 2]
     assert again.has_revision(store.revision())
 
@@ -236,13 +238,109 @@ def test_a_file_of_the_first_format_goes_on_with_its_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_MIGRATIONS", store_module._MIGRATIONS[:1])
+        patch.setattr(schema_module, "MIGRATIONS", schema_module.MIGRATIONS[:1])
         Store.create(tmp_path / "old", {"dim": DIM, "revision": 41})
     store = Store(tmp_path / "old")
     number, _ = store.revision()
-    assert number >= 41 and store.settings() == {"dim": DIM}
+    assert number >= 41 and store.settings() == {"dim": DIM, "space": 1}
     _put(store, "/a")
     assert store.revision()[0] > number
+
+
+def test_a_file_of_format_3_keeps_all_it_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As written when vectors stood in `segments`, and metadata were JSON."""
+    with monkeypatch.context() as patch:
+        patch.setattr(schema_module, "MIGRATIONS", schema_module.MIGRATIONS[:3])
+        Store.create(tmp_path / "old", {"dim": DIM, "index": "Flat"})
+    vectors = _vectors(4)
+    old = sqlite3.connect(tmp_path / "old" / DATABASE, isolation_level=None)
+    old.execute("BEGIN")
+    old.execute("INSERT INTO videos VALUES (3, '/a', 10, 20, '30', 2.0, 'then')")
+    old.executemany(
+        "INSERT INTO segments VALUES (?, 3, ?, ?, ?)",
+        [(id, id, id + 1, vectors[id - 5].tobytes()) for id in (5, 6, 7)],
+    )
+    values = {"text": 'a\0b \u00f1 "x"', "whole": 2020, "part": 0.5, "yes": True, "big": 10**30}
+    old.executemany(
+        "INSERT INTO metadata VALUES (3, ?, ?)",
+        [(key, json.dumps(value)) for key, value in values.items()],
+    )
+    old.execute("INSERT INTO texts VALUES (2, 'a cat', ?)", [vectors[3].tobytes()])
+    old.execute("INSERT INTO revisions DEFAULT VALUES")
+    old.execute("DELETE FROM segments WHERE id = 7")
+    old.execute("COMMIT")
+    assert old.execute("PRAGMA user_version").fetchone() == (3,)
+    revision = old.execute("SELECT max(revision), token FROM revisions").fetchone()
+    old.close()
+
+    with closing(Store(tmp_path / "old")) as store:
+        ids, held = store.vectors()
+        assert ids.tolist() == [5, 6]
+        np.testing.assert_array_equal(held, vectors[:2])
+        assert store.metadata(3) == {**values, "big": 1e30}
+        assert store.segment_ids({"whole": {"gt": 2019.5}, "yes": True}).tolist() == [5, 6]
+        [(text_id, text)], text_vector = store.texts()
+        assert (text_id, text) == (2, "a cat")
+        np.testing.assert_array_equal(text_vector, vectors[3:])
+        assert store.has_revision(revision) and store.space == 1 and store.problems() == []
+        assert store.removed_since(0).tolist() == [7]
+        _put(store, "/b")
+        store.put_texts(["a dog"], vectors[:1])
+        assert store.segment_ids().tolist() == [5, 6, 8]  # 7 is not given out again
+        assert [id for id, _ in store.texts()[0]] == [2, 3]
+        assert store.remove_videos(["/a"]) == 2
+    reopened = Store(tmp_path / "old")
+    assert reopened.segment_ids().tolist() == [8] and reopened.problems() == []
+
+
+def test_a_file_of_format_3_that_is_damaged_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(schema_module, "MIGRATIONS", schema_module.MIGRATIONS[:3])
+        Store.create(tmp_path / "old", {"dim": DIM})
+    with closing(sqlite3.connect(tmp_path / "old" / DATABASE)) as old, old:
+        old.execute("INSERT INTO videos VALUES (3, '/a', 10, 20, '30', 2.0, 'then')")
+        old.execute("INSERT INTO metadata VALUES (3, 'a', 'not JSON')")
+    with pytest.raises(ValueError, match="collection 'old' is damaged"):
+        Store(tmp_path / "old")
+    with closing(sqlite3.connect(tmp_path / "old" / DATABASE)) as old:
+        assert old.execute("PRAGMA user_version").fetchone() == (3,)
+        assert old.execute("SELECT value FROM metadata").fetchall() == [("not JSON",)]
+
+
+def test_a_file_of_an_older_format_in_a_read_only_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a process without rights to the folder, whoever runs the tests."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "old"
+        with monkeypatch.context() as patch:
+            patch.setattr(schema_module, "MIGRATIONS", schema_module.MIGRATIONS[:3])
+            Store.create(folder, {"dim": DIM})
+        (folder / DATABASE).chmod(0o444)
+        folder.chmod(0o555)
+        Path(parent).chmod(0o755)
+        script = f"""
+            import os
+            from pathlib import Path
+            from retrieval.store import Store
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            try:
+                Store(Path({str(folder)!r}))
+            except PermissionError as error:
+                print(error)
+            """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+        )
+        folder.chmod(0o755)
+    assert "collection 'old' has an older format and cannot be written" in done.stdout, done.stderr
 
 
 def test_a_revision_is_told_from_another_of_the_same_number(store: Store) -> None:
@@ -263,9 +361,9 @@ def test_what_was_removed_since_a_revision_is_known(store: Store) -> None:
     _put(store, "/a", 3)
     _put(store, "/bb", 2)
     [at_first, *_] = revisions = [store.revision()[0]]
-    store.remove_segment(2)
+    store.remove_segments([2])
     revisions.append(store.revision()[0])
-    store.remove_video("/bb")
+    store.remove_videos(["/bb"])
     revisions.append(store.revision()[0])
     _put(store, "/a", 1)  # replaced
     assert sorted(store.removed_since(at_first).tolist()) == [1, 2, 3, 4, 5]
@@ -289,7 +387,7 @@ def test_check_removes_what_a_killed_create_left(store: Store) -> None:
 
 def test_a_damaged_vector_is_not_searched(store: Store) -> None:
     _put(store, "/a", 2)
-    store._db.execute("UPDATE segments SET vector = x'0102' WHERE id = 2")
+    store._db.execute("UPDATE vectors_1 SET vector = x'0102' WHERE segment_id = 2")
     with pytest.raises(ValueError, match="a vector has the wrong size"):
         store.vectors()
 
@@ -313,8 +411,8 @@ def test_reading_all_vectors_is_quick(tmp_path: Path) -> None:
         "UPDATE settings SET value = '{' WHERE key = 'dim'",
         "DROP TABLE settings",
         "DROP TABLE segments",
-        "ALTER TABLE segments RENAME COLUMN vector TO v",
-        "UPDATE metadata SET value = 'north'",
+        "ALTER TABLE vectors_1 RENAME COLUMN vector TO v",
+        "UPDATE metadata SET value = 7",
         "UPDATE videos SET path = CAST(x'ff' AS TEXT)",
     ],
 )
@@ -342,3 +440,201 @@ def test_a_snapshot_that_sqlite_has_ended_itself(store: Store) -> None:
 def test_a_mistake_of_the_program_is_not_called_damage(store: Store) -> None:
     with pytest.raises(sqlite3.ProgrammingError):
         store._rows("SELECT ?", [1, 2])
+
+
+def _rows(num: int, first: int = 0, num_segments: int = 3) -> list[VideoRow]:
+    return [
+        VideoRow(
+            f"/{first + i}",
+            FileState(i, i, f"{first + i:064x}"),
+            3.0,
+            [(float(at), at + 1.0) for at in range(num_segments)],
+            _vectors(num_segments, seed=first + i),
+            {"year": 2000 + i, "camera": ["north", "south"][i % 2]},
+        )
+        for i in range(num)
+    ]
+
+
+def test_many_videos_are_one_transaction(store: Store, tmp_path: Path) -> None:
+    """And hold what as many calls of `put_video` would have put there."""
+    Store.create(tmp_path / "one by one", {"dim": DIM})
+    other = Store(tmp_path / "one by one")
+    rows = _rows(5)
+    before = store.revision()[0]
+    store.put_videos(rows)
+    assert store.revision()[0] == before + 1
+    for row in rows:
+        other.put_video(
+            row.path, row.state, row.duration_s, row.segments, row.vectors_ND, row.metadata
+        )
+    for at, (ours, theirs) in enumerate(zip(store.vectors(), other.vectors(), strict=True)):
+        np.testing.assert_array_equal(ours, theirs, err_msg=str(at))
+    assert store.files() == other.files()
+    assert [store.metadata(id) for id in range(1, 6)] == [other.metadata(id) for id in range(1, 6)]
+
+    wrong = VideoRow("/x", STATE, 1.0, [(0.0, 1.0), (1.0, 2.0)], _vectors(1))
+    with pytest.raises(ValueError):
+        store.put_videos([*_rows(2, first=7), wrong])
+    assert store.counts() == {"videos": 5, "segments": 15, "texts": 0}
+    assert store.files(["/1", "/x", "/3"]) == {f"/{i}": rows[i].state for i in (1, 3)}
+
+
+def test_given_ids_are_kept_and_those_in_use_refused(store: Store) -> None:
+    [row] = _rows(1)
+    store.put_videos([dataclasses.replace(row, ids=[40, 7, 12])])
+    ids, vectors = store.vectors()
+    assert ids.tolist() == [7, 12, 40]
+    np.testing.assert_array_equal(vectors, row.vectors_ND[[1, 2, 0]])
+    _put(store, "/b")
+    assert store.segment_ids().tolist() == [7, 12, 40, 41]
+    with pytest.raises(ValueError, match="'cats' has the segment ids of '/c' in use"):
+        store.put_videos([dataclasses.replace(row, path="/c", ids=[1, 7, 2])])
+    assert store.segment_ids().tolist() == [7, 12, 40, 41] and len(store.files()) == 2
+
+
+def test_blocks_are_all_vectors_of_one_revision(store: Store) -> None:
+    store.put_videos(_rows(5))
+    whole = store.vectors()
+    writer = Store(store.folder)
+    blocks = []
+    for block in store.vector_blocks(rows=4):
+        blocks.append(block)
+        writer.remove_segments([14, 15])  # is not waited for, and not seen
+    assert [len(ids) for ids, _ in blocks] == [4, 4, 4, 3]
+    for at in (0, 1):
+        np.testing.assert_array_equal(np.concatenate([block[at] for block in blocks]), whole[at])
+    assert list(Store.vector_blocks(Store(store.folder), rows=99))[0][0].tolist() == [*range(1, 14)]
+
+
+def test_a_moved_video_is_the_same_one(store: Store) -> None:
+    store.put_videos(_rows(2))
+    before = store.vectors()
+    store.move_video("/0", "/new", STATE, {"camera": "east"})
+    assert store.files() == {"/1": _rows(2)[1].state, "/new": STATE}
+    np.testing.assert_array_equal(store.vectors()[1], before[1])
+    assert store.metadata(1) == {"year": 2000, "camera": "east"}
+    assert store.segments(np.array([1]))[1].video == "/new"
+
+
+def test_many_are_removed_in_one_transaction(store: Store) -> None:
+    store.put_videos(_rows(6))
+    before = store.revision()[0]
+    assert store.remove_videos(["/0", "/5", "/nowhere"]) == 6
+    assert store.remove_segments([4, 5, 6, 7, 99]) == 4
+    assert store.revision()[0] == before + 2
+    assert store.segment_ids().tolist() == [8, 9, 10, 11, 12, 13, 14, 15]
+    assert list(store.files()) == ["/2", "/3", "/4"]  # "/1" went with its last segment
+    assert store.vectors()[0].tolist() == store.segment_ids().tolist()
+    assert store._rows("SELECT count(*) FROM metadata") == [(6,)]
+    assert sorted(store.removed_since(before).tolist()) == [1, 2, 3, 4, 5, 6, 7, 16, 17, 18]
+    assert store.problems() == []
+
+
+def test_another_space_grows_beside_and_then_serves(store: Store) -> None:
+    store.put_videos(_rows(3))
+    store.put_texts(["a", "b"], _vectors(2))
+    old = store.vectors()
+    assert store.staged() is None
+    wide = np.random.default_rng(1).normal(size=(12, 3)).astype(np.float32)
+    assert store.stage_space({"dim": 3, "fingerprint": "new"}) == 2
+    with pytest.raises(ValueError, match="'cats' has another space under way"):
+        store.stage_space({"dim": 3})
+    assert store.staged() == {"dim": 3, "fingerprint": "new", "space": 2}
+
+    first = store.unstaged_segments(4)
+    assert [(row.id, row.video) for row in first] == [(1, "/0"), (2, "/0"), (3, "/0"), (4, "/1")]
+    store.put_staged([row.id for row in first], wide[:4])
+    assert [row.id for row in store.unstaged_segments(99)] == [5, 6, 7, 8, 9]
+    later = store.unstaged_segments(99, after=store.unstaged_segments(2)[1])
+    assert [row.id for row in later] == [7, 8, 9]
+    with pytest.raises(ValueError, match="the other space is not complete"):
+        store.switch_space()
+    np.testing.assert_array_equal(store.vectors()[1], old[1])  # serves meanwhile
+    store.close()
+    store = Store(store.folder)  # after a kill, say
+
+    _put(store, "/late", 1)
+    store.remove_segments([2])
+    store.put_staged([5, 6, 7, 8, 9, 10], wide[4:10])
+    assert store.unstaged_segments(99) == []
+    assert store.unstaged_texts(1) == [(1, "a")]
+    store.put_staged_texts([1, 2], wide[10:])
+    reader = Store(store.folder)
+    revision = store.revision()
+    with reader.snapshot():
+        assert (reader.space, reader.dim) == (1, DIM)
+        store.switch_space()
+        assert (reader.space, reader.dim) == (1, DIM) and reader.vectors()[1].shape == (9, DIM)
+    assert (reader.space, reader.dim, reader.staged()) == (2, 3, None)
+    assert reader.settings()["fingerprint"] == "new" and reader.revision() > revision
+    reader.close()
+
+    ids, vectors = store.vectors()
+    assert ids.tolist() == [1, 3, 4, 5, 6, 7, 8, 9, 10]
+    np.testing.assert_array_equal(vectors, wide[[0, *range(2, 10)]])
+    np.testing.assert_array_equal(store.texts()[1], wide[10:])
+    store.drop_old_spaces()
+    tables = {name for (name,) in store._rows("SELECT name FROM sqlite_schema")}
+    assert {"vectors_2", "text_vectors_2"} <= tables and "vectors_1" not in tables
+    store.put_video("/d", STATE, 1.0, [(0.0, 1.0)], wide[:1])
+    assert store.problems() == [] and len(store.vectors()[0]) == 10
+
+
+def test_a_space_is_given_up(store: Store) -> None:
+    _put(store, "/a", 2)
+    store.stage_space({"dim": 3})
+    store.put_staged([1], np.ones((1, 3), np.float32))
+    store.drop_staged()
+    assert store.staged() is None and store.vectors()[0].tolist() == [1, 2]
+    with pytest.raises(ValueError, match="has no other space under way"):
+        store.unstaged_segments(1)
+    assert store.stage_space({"dim": 5}) == 2
+    assert [row.id for row in store.unstaged_segments(9)] == [1, 2]
+
+
+def test_videos_that_fail_are_removed_as_the_space_is_switched(store: Store) -> None:
+    store.put_videos(_rows(2))
+    store.stage_space({"dim": 3})
+    store.put_staged([1, 2, 3], np.ones((3, 3), np.float32))
+    with pytest.raises(ValueError, match="not complete"):
+        store.switch_space(removing=["/0"])
+    assert store.counts()["videos"] == 2 and store.space == 1  # all of it, or nothing
+    store.switch_space(removing=["/1"])
+    assert list(store.files()) == ["/0"] and store.vectors()[0].tolist() == [1, 2, 3]
+
+
+def test_a_backup_is_of_one_revision_whoever_writes(store: Store) -> None:
+    store.put_videos(_rows(4))
+    writer = Store(store.folder)
+    calls = []
+
+    def beside(folder: Path) -> None:
+        calls.append(sorted(path.name for path in folder.iterdir()))
+        writer.remove_videos([f"/{len(calls)}"])
+
+    target = store.folder.parent / "kept" / "copy"
+    store.backup(target, beside=beside)
+    assert calls == [[], [DATABASE]]
+    copy = Store(target)
+    assert list(copy.files()) == ["/0", "/2", "/3"] and copy.problems() == []
+    assert store.has_revision(copy.revision())
+    _put(copy, "/b")  # and may be written
+    assert list(store.files()) == ["/0", "/3"]
+    with pytest.raises(FileExistsError, match="exists already"):
+        store.backup(target)
+    assert [path.name for path in target.parent.iterdir()] == ["copy"]
+
+
+def test_one_in_a_hundred_is_found_quickly_among_many(tmp_path: Path) -> None:
+    Store.create(tmp_path / "big", {"dim": 1})
+    store = Store(tmp_path / "big")
+    one = np.ones((10, 1), np.float32)
+    times = [(float(at), at + 1.0) for at in range(10)]
+    store.put_videos(
+        [VideoRow(f"/{i}", STATE, 10.0, times, one, {"part": i % 100}) for i in range(10_000)]
+    )
+    start = time.perf_counter()
+    ids = store.segment_ids({"part": {"in": [3]}})
+    assert time.perf_counter() - start < 0.1  # some 1 ms when nothing else runs
+    assert len(ids) == 1000 and set(((ids - 1) // 10 % 100).tolist()) == {3}

@@ -60,7 +60,7 @@ _NOTHING_ELSE = {"protocol_whitelist": "data"}
 
 # Tags in other encodings than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument
 # and never refuses.
-_OPEN_OPTIONS: dict[str, Any] = (
+OPEN_OPTIONS: dict[str, Any] = (
     {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 )
 
@@ -155,6 +155,11 @@ class PyavVideo:
     def tick(self) -> Fraction:
         """The unit of the file's clock in seconds."""
         return self._tick
+
+    @property
+    def origin_s(self) -> float:
+        """When the first picture comes on screen, on the file's clock, which its sound goes by."""
+        return float(self._origin_pts * self._tick)
 
     def walk(self, start_s: float) -> Iterator[tuple[int, av.VideoFrame]]:
         """Every frame from the one on screen at `start_s` to the last, upright by `quarter_turns`.
@@ -452,10 +457,10 @@ def _open(path: Path, content: bytes | None) -> tuple[InputContainer, VideoStrea
         # claims to be an mp4 from reaching for anything but local files.
         with stage("read"):
             if content is None:
-                container = av.open(f"file:{path}", **_OPEN_OPTIONS)
+                container = av.open(f"file:{path}", **OPEN_OPTIONS)
             else:
                 file = io.BytesIO(content)  # which copies nothing
-                container = av.open(file, options=_NOTHING_ELSE, **_OPEN_OPTIONS)
+                container = av.open(file, options=_NOTHING_ELSE, **OPEN_OPTIONS)
     except (av.error.InvalidDataError, av.error.EOFError) as error:
         reason = "not a video that FFmpeg can read, or its head or end is missing"
         kind: FaultKind = "truncated" if _begins_as_mp4(path, content) else "not a video"

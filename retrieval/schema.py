@@ -1,0 +1,487 @@
+"""`collection.sqlite`: its tables, in numbered migrations; transactions, locks, errors."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from .conditions import encode_metadata
+
+DATABASE = "collection.sqlite"
+LOCK = "collection.lock"
+BUSY_TIMEOUT_S = 5.0  # how long a write waits for another one
+
+_APPLICATION_ID = 0x464C5558  # "FLUX": tells a collection from any other SQLite file
+# Of new files. At SQLite's 4096, a vector of 512 numbers has a page for itself and wastes half.
+_PAGE_BYTES = 16384
+
+_log = logging.getLogger(__name__)
+
+
+def vector_tables(space: int) -> tuple[str, str]:
+    """SQL that makes the tables of an embedding space: the vectors of segments and of texts."""
+    return (
+        f"""CREATE TABLE vectors_{space} (
+            segment_id INTEGER PRIMARY KEY REFERENCES segments (id) ON DELETE CASCADE,
+            vector BLOB NOT NULL
+        )""",
+        f"""CREATE TABLE text_vectors_{space} (
+            text_id INTEGER PRIMARY KEY REFERENCES texts (id) ON DELETE CASCADE,
+            vector BLOB NOT NULL
+        )""",
+    )
+
+
+# Migration number n leads from PRAGMA user_version n to n + 1. Never edit one that was released.
+# AUTOINCREMENT: an id that was removed is never given out again.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        """CREATE TABLE videos (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            path TEXT NOT NULL UNIQUE,
+            size INTEGER NOT NULL,
+            mtime_ns INTEGER NOT NULL,
+            sha256 TEXT NOT NULL,
+            duration_s REAL NOT NULL,
+            added_at TEXT NOT NULL
+        )""",
+        """CREATE TABLE segments (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            video_id INTEGER NOT NULL REFERENCES videos (id) ON DELETE CASCADE,
+            start_s REAL NOT NULL,
+            end_s REAL NOT NULL,
+            vector BLOB NOT NULL
+        )""",
+        "CREATE INDEX segments_by_video ON segments (video_id)",
+        """CREATE TABLE metadata (
+            video_id INTEGER NOT NULL REFERENCES videos (id) ON DELETE CASCADE,
+            key TEXT NOT NULL,
+            value TEXT NOT NULL,
+            PRIMARY KEY (video_id, key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX metadata_by_value ON metadata (key, value)",
+        """CREATE TABLE texts (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            text TEXT NOT NULL UNIQUE,
+            vector BLOB NOT NULL
+        )""",
+    ),
+    (
+        """CREATE TABLE revisions (
+            revision INTEGER PRIMARY KEY,
+            token TEXT NOT NULL DEFAULT (hex(randomblob(16)))
+        )""",
+        "INSERT INTO revisions (revision) "
+        "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM settings WHERE key = 'revision'",
+        "DELETE FROM settings WHERE key = 'revision'",
+    ),
+    (
+        # with these an index of an older revision learns what it holds too much
+        """CREATE TABLE removed (
+            revision INTEGER NOT NULL,
+            segment_id INTEGER NOT NULL,
+            PRIMARY KEY (revision, segment_id)
+        ) WITHOUT ROWID""",
+        """CREATE TRIGGER note_removed AFTER DELETE ON segments BEGIN
+            INSERT INTO removed SELECT max(revision) + 1, OLD.id FROM revisions;
+        END""",
+    ),
+    (
+        # vectors leave for tables of their space, so that a second space may grow beside the first
+        *vector_tables(1),
+        "INSERT INTO vectors_1 SELECT id, vector FROM segments",
+        "INSERT INTO text_vectors_1 SELECT id, vector FROM texts",
+        "ALTER TABLE segments DROP COLUMN vector",
+        "ALTER TABLE texts DROP COLUMN vector",
+        "INSERT INTO settings VALUES ('space', '1')",
+        # metadata are no longer JSON, whose order is not that of its values
+        "ALTER TABLE metadata RENAME TO json_metadata",
+        "DROP INDEX metadata_by_value",
+        """CREATE TABLE metadata (
+            video_id INTEGER NOT NULL REFERENCES videos (id) ON DELETE CASCADE,
+            key TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            value NOT NULL,
+            PRIMARY KEY (video_id, key)
+        ) WITHOUT ROWID""",
+        "INSERT INTO metadata SELECT video_id, key, kind_of_json(value), value_of_json(value) "
+        "FROM json_metadata",
+        "DROP TABLE json_metadata",
+        "CREATE INDEX metadata_by_value ON metadata (key, kind, value, video_id)",
+    ),
+)
+
+
+class Database:
+    """One open `collection.sqlite`: its settings, revisions, transactions and locks.
+
+    Belongs to the thread that opened it. SQLite's own errors come out as OSError (locked, full,
+    read-only) or ValueError (damaged), in one line that names the collection.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self._connection: sqlite3.Connection | None = None
+        self._held_settings: dict[str, Any] | None = None  # those read in the present snapshot
+        with plain_errors(folder):
+            self._connection = _connect(folder / DATABASE)
+            try:
+                if not _is_newest(self._db, folder / DATABASE):
+                    if not _is_writable(folder / DATABASE):
+                        raise PermissionError(
+                            f"collection {self.name!r} has an older format and cannot be written: "
+                            "open it once where it may be, which brings it to the newest"
+                        )
+                    # of a large collection it takes a minute
+                    _log.info("collection %r: its file is brought to a newer format", self.name)
+                    with self._transaction():
+                        _migrate(self._db)
+                for needed in ("space", "dim"):  # a file that lacks them is refused at once
+                    self._setting(needed)
+            except BaseException:
+                self.close()
+                raise
+
+    @staticmethod
+    def create(
+        folder: Path, settings: Mapping[str, Any], *, beside: Callable[[Path], None] | None = None
+    ) -> None:
+        """Make a folder with an empty collection in it, in one step. FileExistsError if it exists.
+
+        settings: whatever JSON can hold, `settings()` gives it back; "dim" is the vectors' width.
+        beside: writes what else belongs into the folder, before it has its name.
+        """
+        with _new_folder(folder) as unfinished:
+            _fill_new(unfinished / DATABASE, settings)
+            if beside is not None:
+                beside(unfinished)
+
+    def backup(self, folder: Path, *, beside: Callable[[Path], None] | None = None) -> None:
+        """Copy the file as it is now into a new folder, in one step, whoever writes meanwhile.
+
+        beside: writes what else belongs into the folder, before it has its name; called before the
+        copy is made, and again after it. Raises FileExistsError if there is such a folder.
+        """
+        with _new_folder(folder) as unfinished:
+            if beside is not None:
+                beside(unfinished)
+            with closing(sqlite3.connect(unfinished / DATABASE)) as copy:
+                self._db.backup(copy)
+            if beside is not None:
+                beside(unfinished)
+
+    def remove_unfinished(self) -> list[str]:
+        """Remove what was left where making this folder was killed once; says what that was."""
+        pattern = re.compile(rf"\.{re.escape(self.name)}\.\d+\.unfinished")
+        # nobody is at work there: under a name that is taken nothing is made
+        beside = self.folder.parent.glob(".*.unfinished")
+        left = [path for path in beside if pattern.fullmatch(path.name)]
+        for path in left:
+            shutil.rmtree(path)
+        return [f"{path.name} was removed: a killed process left it" for path in left]
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def settings(self) -> dict[str, Any]:
+        """What `create` was given; a missing one is a ValueError, as is any damage."""
+        with plain_errors(self.folder):
+            rows = self._rows("SELECT key, value FROM settings")
+            return _Settings(self.folder, {key: json.loads(value) for key, value in rows})
+
+    def set_setting(self, key: str, value: Any) -> None:
+        """Change a setting to a value that JSON can hold."""
+        with self._transaction():
+            self._put_setting(key, value)
+
+    def revision(self) -> tuple[int, str]:
+        """A number that grows with every committed write, and a random token of that write.
+
+        After a restored backup a number may come again, a token never does.
+        """
+        number, token = self._rows("SELECT max(revision), token FROM revisions")[0]
+        return number, token
+
+    def has_revision(self, revision: tuple[int, str]) -> bool:
+        """Whether what is stored now came from that revision."""
+        sql = "SELECT 1 FROM revisions WHERE (revision, token) = (?, ?)"
+        return bool(self._rows(sql, revision))
+
+    def problems(self) -> list[str]:
+        """What SQLite itself finds wrong with its file; empty if nothing."""
+        try:
+            lines = [row[0] for row in self._rows("PRAGMA integrity_check") if row[0] != "ok"]
+            orphans = self._rows("PRAGMA foreign_key_check")
+        except ValueError as error:  # damaged so badly that the look itself fails
+            return [str(error)]
+        return lines + [f"{row[0]} {row[1]} belongs to no {row[2]}" for row in orphans]
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything read inside is of one revision. May be nested."""
+        if self._db.in_transaction:
+            yield
+            return
+        with plain_errors(self.folder):
+            self._db.execute("BEGIN")
+            self._held_settings = {}
+            try:
+                yield
+            finally:
+                self._held_settings = None
+                if self._db.in_transaction:  # after some errors SQLite has ended it itself
+                    self._db.execute("COMMIT")
+
+    @contextmanager
+    def flushed_at_the_end(self) -> Iterator[None]:
+        """What is committed inside is on the disk at the end of it, not with each commit.
+
+        A kill takes nothing of it away; a power cut may take the last commits, whole ones.
+        """
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            with plain_errors(self.folder):
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    @contextmanager
+    def sole_writer(self, *, wait_s: float | None = None) -> Iterator[None]:
+        """Be the only process that writes; OSError if another one does for `wait_s` from now.
+
+        Kept through a whole `add`, so that two of them do not embed the same files. The system
+        drops the lock with the process, however that ends. wait_s: BUSY_TIMEOUT_S unless given, as
+        a search may hold the lock while it writes its index.
+        """
+        path = self.folder / LOCK
+        try:
+            # not the database's own file: closing it would drop SQLite's locks of this process
+            file = path.open("a")
+        except OSError as error:
+            raise PermissionError(
+                f"collection {self.name!r} cannot be written: {error.strerror} ({path})"
+            ) from error
+        give_up_s = time.monotonic() + (BUSY_TIMEOUT_S if wait_s is None else wait_s)
+        with file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= give_up_s:
+                        raise BlockingIOError(
+                            f"another process is writing to collection {self.name!r}: "
+                            "try again when it is done"
+                        ) from error
+                time.sleep(0.02)
+            yield
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise ValueError(f"collection {self.name!r} is closed: open it again")
+        return self._connection
+
+    def _rows(self, sql: str, parameters: Iterable[Any] = ()) -> list[Any]:
+        with plain_errors(self.folder):
+            return self._db.execute(sql, tuple(parameters)).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with plain_errors(self.folder):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("INSERT INTO revisions DEFAULT VALUES")
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _setting(self, key: str, *, or_none: bool = False) -> Any:
+        if self._held_settings is None:
+            return self._read_setting(key, or_none=or_none)
+        if key not in self._held_settings:  # every search asks for some again and again
+            self._held_settings[key] = self._read_setting(key, or_none=or_none)
+        return self._held_settings[key]
+
+    def _read_setting(self, key: str, *, or_none: bool) -> Any:
+        with plain_errors(self.folder):
+            rows = self._rows("SELECT value FROM settings WHERE key = ?", [key])
+            if not rows and not or_none:
+                raise damaged(self.folder, f"it has no setting {key!r}")
+            return json.loads(rows[0][0]) if rows else None
+
+    def _put_setting(self, key: str, value: Any) -> None:
+        self._db.execute("REPLACE INTO settings VALUES (?, ?)", [key, json.dumps(value)])
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise FileExistsError if there is anything under this name."""
+    if os.path.lexists(folder):
+        raise FileExistsError(
+            f"{str(folder)!r} exists already: choose another name, or open it if it is a collection"
+        )
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder under another name, which gets its own when it is complete."""
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    try:
+        with plain_errors(folder):
+            unfinished.mkdir()
+            yield unfinished
+            unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+class _Settings(dict[str, Any]):
+    """Settings of which every one that is asked for must be there."""
+
+    def __init__(self, folder: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._folder = folder
+
+    def __missing__(self, key: str) -> Any:
+        raise damaged(self._folder, f"it has no setting {key!r}")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open for writing where that is allowed, else for reading."""
+    mode = "rw"
+    if not _is_writable(path):
+        # Without a log beside it nobody is writing; SQLite would want to make one to read.
+        logged = path.with_name(path.name + "-wal").exists()
+        mode = "ro" if logged else "ro&immutable=1"
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
+    )
+    connection.execute("PRAGMA foreign_keys = ON")
+    # at SQLite's 2 MB not even the inner pages of a million segments stay in memory
+    connection.execute("PRAGMA cache_size = -65536")  # KB, at most
+    return connection
+
+
+def _is_writable(path: Path) -> bool:
+    return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+
+
+def _fill_new(path: Path, settings: Mapping[str, Any]) -> None:
+    """Make the file of an empty collection."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN")
+        _migrate(connection)
+        connection.executemany(
+            "INSERT INTO settings VALUES (?, ?)",
+            [(key, json.dumps(value)) for key, value in settings.items()],
+        )
+        connection.execute("COMMIT")
+    finally:
+        connection.close()
+
+
+def _is_newest(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether a file has the newest format; ValueError for one of the future, or of others."""
+    [(application_id,)] = connection.execute("PRAGMA application_id").fetchall()
+    [(version,)] = connection.execute("PRAGMA user_version").fetchall()
+    if application_id != _APPLICATION_ID:
+        raise ValueError(f"{str(path)!r} is not the file of a collection")
+    if version > len(MIGRATIONS):
+        raise ValueError(
+            f"collection {path.parent.name!r} has format {version}, this program reads up to "
+            f"{len(MIGRATIONS)}: install a newer fluxclip"
+        )
+    return bool(version == len(MIGRATIONS))
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Bring a database to the newest format, inside the caller's transaction."""
+    # read here: since the caller looked, another process may have done it
+    [(version,)] = connection.execute("PRAGMA user_version").fetchall()
+    for name, part in (("kind_of_json", 0), ("value_of_json", 1)):
+        connection.create_function(name, 1, lambda text, part=part: _of_json(text)[part])
+    for statements in MIGRATIONS[version:]:
+        for statement in statements:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _of_json(text: str) -> tuple[str, str | int | float]:
+    """Kind and value of metadata as formats 1 to 3 held it; what can no longer be is near to it."""
+    value = json.loads(text)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        value = float(value)
+    if isinstance(value, str):
+        value = value.encode(errors="replace").decode()
+    return encode_metadata({"json": value})["json"]
+
+
+@contextmanager
+def plain_errors(folder: Path) -> Iterator[None]:
+    """Turn errors about the file into OSError and ValueError that name the collection.
+
+    Mistakes of ours are let through as they are.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise OSError(
+                f"collection {folder.name!r} is locked by another process: "
+                "try again when it is done"
+            ) from error
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN):
+            raise PermissionError(
+                f"collection {folder.name!r} cannot be opened or written: {error} ({folder})"
+            ) from error
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise _full(folder, error) from error
+        if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
+            raise
+        raise damaged(folder, str(error)) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _full(folder, error) from error
+        raise
+    except json.JSONDecodeError as error:
+        raise damaged(folder, f"a value is not JSON: {error}") from error
+
+
+def damaged(folder: Path, what: str) -> ValueError:
+    """The error that says what is wrong inside a collection, and the way out."""
+    return ValueError(
+        f"collection {folder.name!r} is damaged ({what}): restore {str(folder / DATABASE)!r} "
+        "from a copy, or add the videos to a new collection"
+    )
+
+
+def _full(folder: Path, error: Exception) -> OSError:
+    return OSError(
+        f"the disk of collection {folder.name!r} fails or is full: {error} ({folder}); "
+        "what was committed is kept"
+    )
