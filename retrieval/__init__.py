@@ -4,24 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .collection import AddReport, Collection
-    from .exchange import embed_shard
+    from .collection import AddReport, CheckReport, Collection
+    from .exchange import ExportReport, ImportReport, ShardReport, embed_shard
     from .hits import preview, save_all, save_clip, thumbnail, write_csv
     from .queries import Query
     from .query_encoder import export_text_encoder
+    from .reembed import ReEmbedReport
     from .search import Hit
 
 __all__ = [
-    "AddReport", "Collection", "Hit", "Query", "embed_shard", "export_text_encoder", "preview",
-    "save_all", "save_clip", "thumbnail", "write_csv",
+    "AddReport", "CheckReport", "Collection", "ExportReport", "Hit", "ImportReport", "Query",
+    "ReEmbedReport", "ShardReport", "embed_shard", "export_text_encoder", "preview", "save_all",
+    "save_clip", "thumbnail", "write_csv",
 ]  # fmt: skip
 
 _HOMES = {
-    "AddReport": "collection",
-    "Collection": "collection",
+    **dict.fromkeys(("AddReport", "CheckReport", "Collection"), "collection"),
+    **dict.fromkeys(("ExportReport", "ImportReport", "ShardReport", "embed_shard"), "exchange"),
     "Hit": "search",
     "Query": "queries",
-    "embed_shard": "exchange",
+    "ReEmbedReport": "reembed",
     "export_text_encoder": "query_encoder",
     **dict.fromkeys(("preview", "save_all", "save_clip", "thumbnail", "write_csv"), "hits"),
 }

@@ -5,6 +5,7 @@ is of. What was committed after that revision is searched exactly beside it, fro
 was removed is left out; so a write costs what it writes, and never the whole index. When much has
 come together, the base is made anew from the store. A base of a revision that the store never went
 through is not taken: after a restored backup the same ids may stand for other segments.
+Vectors that would take more than a share of the memory there are read in blocks by each search.
 
 A small collection has no file and needs no FAISS: all of it is searched beside an empty base.
 The index of a space that is staged is `index-<space>.faiss`: readers that see the switch find it.
@@ -22,7 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .backends import Gpu, VectorIndex
-from .index_choice import AUTO, QUERIES_PER_KIND, Sample, Wish, available_memory, tune
+from .index_choice import (
+    AUTO,
+    QUERIES_PER_KIND,
+    Sample,
+    Wish,
+    available_memory,
+    physical_memory,
+    tune,
+)
 from .query_encoder import CAPTIONS, QueryEncoder, text_encoder_folder
 from .store import Store
 
@@ -38,6 +47,10 @@ MERGE_SHARE = 0.05
 # A search merges up to so many segments itself, a tenth of them where the index is not flat; more
 # would take longer than a second.
 QUICK_SEGMENTS = 100_000
+
+# Of the vectors beside the base, what is more than this share of the memory is not kept there.
+NEWER_SHARE = 1 / 8
+_ROWS_AT_ONCE = 16384
 
 _NO_IDS = np.empty(0, np.int64)
 _NO_REVISION = (-1, "")
@@ -96,17 +109,30 @@ class IndexCache:
         whatever the base. Also returns a score that no segment left out exceeds, minus infinity if
         none is; up to the approximations of the base.
         """
-        newer_N, newer_ND = self._newer_N, self._newer_ND
+        best_N, scores_N, bound = self._nearest_in_base(query_D, num, allowed_N)
+        for ids_N, vectors_ND in self._newer_blocks(allowed_N):
+            best_N, scores_N, bound_of_best = _best(
+                np.concatenate([best_N, ids_N]),
+                np.concatenate([scores_N, vectors_ND @ query_D]),
+                num,
+            )
+            bound = max(bound, bound_of_best)
+        return best_N, bound
+
+    def _newer_blocks(
+        self, allowed_N: np.ndarray | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and vectors of what is beside the base: first those in memory, perhaps none."""
+        num_held = len(self._newer_ND)
+        ids_N, vectors_ND = self._newer_N[:num_held], self._newer_ND
+        others_N = self._newer_N[num_held:]
         if allowed_N is not None:
-            is_allowed_N = _is_in(newer_N, allowed_N)
-            newer_N, newer_ND = newer_N[is_allowed_N], newer_ND[is_allowed_N]
-        found_N, scores_N, bound = self._nearest_in_base(query_D, num, allowed_N)
-        best_N, bound_of_best = _best(
-            np.concatenate([found_N, newer_N]),
-            np.concatenate([scores_N, newer_ND @ query_D]),
-            num,
-        )
-        return best_N, max(bound, bound_of_best)
+            is_allowed_N = _is_in(ids_N, allowed_N)
+            ids_N, vectors_ND = ids_N[is_allowed_N], vectors_ND[is_allowed_N]
+            others_N = others_N[_is_in(others_N, allowed_N)]
+        yield ids_N, vectors_ND
+        for at in range(0, len(others_N), _ROWS_AT_ONCE):
+            yield self._store.vectors(others_N[at : at + _ROWS_AT_ONCE])
 
     def _nearest_in_base(
         self, query_D: np.ndarray, num: int, allowed_N: np.ndarray | None
@@ -132,14 +158,14 @@ class IndexCache:
             ids_N, scores_N = ids_N[is_there_N], scores_N[is_there_N]
         return ids_N, scores_N, bound
 
-    def merge_if_due(self) -> None:
+    def merge_if_due(self, *, say: Callable[[str], None] = _log.info) -> None:
         """Make the base anew if much has changed since. For the only writer; see `rebuild`."""
         if self._seen == _NO_REVISION or self._space != self._store.space:
             self._open()
         if self._is_late() and self._read != self._file_now():
             self._open()  # another process has merged
         if self._is_late():
-            self.rebuild(train=False)
+            self.rebuild(train=False, say=say)
 
     def _is_late(self) -> bool:
         """`_is_due` in the present revision, counted, not read: a first import may be millions."""
@@ -159,10 +185,10 @@ class IndexCache:
         if not self._is_due:
             return
         num = len(self._base or ()) + len(self._newer_N)
-        is_flat = self._wish().kind(num, self._store.dim) == "Flat"
+        is_flat = self.wish.kind(num, self._store.dim) == "Flat"
         if num > (QUICK_SEGMENTS if is_flat else QUICK_SEGMENTS // 10):
             if not self._said_late:
-                _log.info(
+                _log.warning(
                     "collection %r: its index is behind, searches are slower until the next add, "
                     "or `fluxclip index rebuild`",
                     self._store.name,
@@ -192,9 +218,10 @@ class IndexCache:
         only if there is nothing to go on from, or twice as many segments as then.
         queries_QD: unit vectors to choose its effort by, see `tune`; of the collection unless
         given. say: called with a line before what takes long, and one after it. Raises OSError if
-        it cannot be written, or needs more memory than there is; it is used from memory then.
+        it needs more memory than there is, or cannot be written; then it is used from memory here,
+        and what others have is as it was.
         """
-        held = self._wish()
+        held = self.wish
         with self._store.snapshot():
             space, dim = self._store.space, self._store.dim
             may_be_flat = wish is None or wish.index == AUTO
@@ -202,10 +229,7 @@ class IndexCache:
                 space, dim, wish or held, train=train, may_be_flat=may_be_flat,
                 queries_QD=queries_QD, say=say,
             )  # fmt: skip
-        if wish is not None and wish != held:
-            for key, value in wish.settings().items():
-                self._store.set_setting(key, value)
-        number, token = revision = self._store.revision()
+            number, token = revision = self._store.revision()
         self._space = space
         self._begin(index, last := _last(index.ids_N), revision)
         self._note(made)
@@ -213,6 +237,8 @@ class IndexCache:
         self._read = self._file_now()
         index.save(self._path, {**self._identity(), **made, "revision": number, "token": token})
         self._path_beside(space).unlink(missing_ok=True)
+        if wish is not None and wish != held:  # not before: it is a wish that can be met
+            self._store.set_settings(wish.settings())
         self._read = self._file_now()
         del index  # before it is read back: it may be most of the memory
         self._begin(None, 0, _NO_REVISION)
@@ -232,7 +258,7 @@ class IndexCache:
         staged = self._store.staged()
         if staged is None or staged["space"] != space:
             raise ValueError(f"collection {self._store.name!r} has no space {space} under way")
-        wish, dim = self._wish(), int(staged["dim"])
+        wish, dim = self.wish, int(staged["dim"])
         num = self._store.counts()["segments"]
         is_small = num <= MERGE_SEGMENTS and wish.kind(num, dim) == "Flat"
         if is_small and not self._path.exists():
@@ -322,7 +348,9 @@ class IndexCache:
     def _is_much(self, beside: int) -> bool:
         return beside > max(MERGE_SEGMENTS, MERGE_SHARE * len(self._base or ()))
 
-    def _wish(self) -> Wish:
+    @property
+    def wish(self) -> Wish:
+        """What kind of index the collection is to have."""
         return Wish.of(self._store.settings())
 
     def _build(
@@ -436,12 +464,17 @@ class IndexCache:
             of_base_N = removed_N[removed_N <= self._last_of_base]
             self._gone_N = np.union1d(self._gone_N, of_base_N)
             is_kept_N = ~_is_in(self._newer_N, removed_N)
-            self._newer_N, self._newer_ND = self._newer_N[is_kept_N], self._newer_ND[is_kept_N]
-        ids_N, vectors_ND = self._store.vectors(after=self._last_id)
+            self._newer_N = self._newer_N[is_kept_N]
+            self._newer_ND = self._newer_ND[is_kept_N[: len(self._newer_ND)]]
+        ids_N = self._store.segment_ids(after=self._last_id)
+        all_are_held = len(self._newer_ND) == len(self._newer_N)
+        num_bytes = 4 * self._store.dim * (len(self._newer_N) + len(ids_N))
+        if all_are_held and len(ids_N) and num_bytes <= NEWER_SHARE * physical_memory():
+            ids_N, vectors_ND = self._store.vectors(after=self._last_id)
+            self._newer_ND = (
+                np.concatenate([self._newer_ND, vectors_ND]) if len(self._newer_ND) else vectors_ND
+            )
         self._newer_N = np.concatenate([self._newer_N, ids_N])
-        self._newer_ND = (
-            np.concatenate([self._newer_ND, vectors_ND]) if len(self._newer_ND) else vectors_ND
-        )
         self._last_id = max(self._last_id, _last(ids_N))
         self._seen = revision
 
@@ -462,7 +495,7 @@ class IndexCache:
             return
         identity = self._identity()
         if {key: header.get(key) for key in identity} != identity:
-            self._refuse("it belongs to another collection, model or kind of index")
+            self._refuse("it belongs to another collection or model")
             return
         self._begin(base, _last(base.ids_N), (header.get("revision", -1), header.get("token", "")))
         self._note(header)
@@ -487,7 +520,7 @@ class IndexCache:
 
     def _identity(self) -> dict[str, str | int]:
         settings = self._store.settings()
-        return {key: settings[key] for key in ("collection_id", "fingerprint", "index", "space")}
+        return {key: settings[key] for key in ("collection_id", "fingerprint", "space")}
 
     def _path_beside(self, space: int) -> Path:
         return self._path.with_name(f"index-{space}.faiss")
@@ -518,12 +551,19 @@ def _is_in(ids_N: np.ndarray, among_N: np.ndarray) -> np.ndarray:
     return among_N[places_N] == ids_N
 
 
-def _best(ids_N: np.ndarray, scores_N: np.ndarray, num: int) -> tuple[np.ndarray, float]:
-    """The `num` ids that score best, and a score that no other one exceeds."""
+def is_doubled(num_before: int, num_new: int) -> bool:
+    """Whether so much has come that even who adds more should merge first."""
+    return num_new > max(MERGE_SEGMENTS, num_before)
+
+
+def _best(
+    ids_N: np.ndarray, scores_N: np.ndarray, num: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The `num` ids that score best, their scores, and a score that no other one exceeds."""
     if len(ids_N) <= num:
-        return ids_N, -np.inf
+        return ids_N, scores_N, -np.inf
     places_N = np.argpartition(-scores_N, num - 1)[:num]
-    return ids_N[places_N], float(scores_N[places_N].min())
+    return ids_N[places_N], scores_N[places_N], float(scores_N[places_N].min())
 
 
 def _size(num_bytes: int) -> str:

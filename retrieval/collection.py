@@ -8,7 +8,8 @@ import os
 import shutil
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from operator import index as whole_number
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -19,7 +20,7 @@ from fluxclip.video import Cutting
 
 from . import exchange, reembed
 from .backends import Gpu
-from .cache import INDEX, IndexCache
+from .cache import INDEX, IndexCache, is_doubled
 from .conditions import MetadataValue, Where, encode_metadata
 from .index_choice import AUTO, Wish, as_queries
 from .ingest import (
@@ -153,7 +154,8 @@ class Collection:
         """Make a new, empty folder into which `import_shards` can put these files, and open it.
 
         model: the one that made their vectors, from where the files say it was unless given.
-        Raises what `create` does, and ValueError for another model, or one that is not there.
+        Raises what `create` does, and ValueError for files that were not all made in one way, for
+        another model, or one that is not there.
         """
         folder = Path(full_path(path))
         refuse_existing(folder)  # before the model is loaded, which may take seconds
@@ -214,6 +216,7 @@ class Collection:
         recursive: bool = True,
         prune: bool = False,
         progress: Callable[[int, int, str], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> AddReport:
         """Add files, folders and patterns (`*?[`): each video in one transaction of its own.
 
@@ -226,9 +229,11 @@ class Collection:
 
         metadata: key -> text, number or bool, for every video of this call, also for those that
         are there already; merged with what they have.
-        prune: remove the videos that are reported as `missing`. Of a folder in which no video is
-        found none is missing: its disk may not be mounted.
+        prune: remove the videos that are reported as `missing`. Of a folder that is gone or empty,
+        or in which no video is found, none is missing: its disk may not be mounted.
         progress: called with (videos done, videos in all, path) after each.
+        say: called with a line before the index is made anew, and after it: when the segments have
+        doubled since, and at the end where much has come or gone, also in calls that were killed.
         Raises ValueError if no video is found, OSError if another process writes.
         """
         encode_metadata(metadata)  # refuses a bad value before any work
@@ -241,7 +246,8 @@ class Collection:
         with self._store.sole_writer(), self._store.flushed_at_the_end():
             self._serving.follow()
             settings = self._serving.settings
-            before, known = self._store.revision(), self._store.files()
+            known = self._store.files()
+            num_merged, num_new = len(self), 0
             finished = embed_sources(
                 sources,
                 known=known,
@@ -273,13 +279,16 @@ class Collection:
                         )
                         source.vectors = []  # `sources` keeps it, not its vectors
                         added += 1
+                        num_new += len(source.segments)
                     if progress is not None:
                         progress(done, len(sources), source.path)
+                    if is_doubled(num_merged, num_new):
+                        self._refresh_cache(say)
+                        num_merged, num_new = num_merged + num_new, 0
             missing = gone_below(given, sources, known.keys() - moved, recursive=recursive)
             if prune and missing:
                 self._store.remove_videos(missing)
-            if self._store.revision() != before:
-                self._refresh_cache()
+            self._refresh_cache(say)
         return AddReport(added, skipped, failed, tuple(named_failed), moved, tuple(sorted(missing)))
 
     def add_texts(self, texts: str | Sequence[str]) -> int:
@@ -408,8 +417,9 @@ class Collection:
                 removed = self._store.remove_videos(paths)
             else:
                 assert id is not None
-                ids = [int(one) for one in ([id] if isinstance(id, int | np.integer) else id)]
-                self._refuse_unknown("segment", ids, self._store.segments(np.array(ids, np.int64)))
+                ids = _as_ids(id)
+                stored = np.array([one for one in ids if 0 < one < 2**63], np.int64)
+                self._refuse_unknown("segment", ids, self._store.segments(stored))
                 removed = self._store.remove_segments(ids)
             self._refresh_cache()
         return removed
@@ -471,7 +481,7 @@ class Collection:
             try:
                 fixed += self._store.remove_unfinished() + self._cache.mend()
                 fixed += reembed.mend(self._store)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problems.append(f"what is wrong beside the videos cannot be mended: {error}")
         missing = [path for path in self._store.files() if not os.path.exists(path)]
         return CheckReport(tuple(problems), tuple(fixed), tuple(missing))
@@ -493,15 +503,19 @@ class Collection:
         `where`. How far they look is chosen so that 97 % of the ten best are found, by the texts
         and vectors of the collection or by queries (Q, D) of your own; `info` says what was found.
         memory_limit: bytes that vectors are to take while they are searched, latency_ms: of one
-        search; both for "auto".
+        search; both for "auto", and kept until index="auto" is given without them.
         say: called with a line before the work, on the memory it takes, and one after it.
         ValueError for an unknown index or for too few vectors, OSError if there is too little
         memory or the file cannot be written; then the index is as it was.
         """
-        wish = None
-        if index is not None or memory_limit is not None or latency_ms is not None:
-            wish = Wish(AUTO if index is None else index, memory_limit, latency_ms)
+        limits = {"memory_limit": memory_limit, "latency_ms": latency_ms}
+        given: dict[str, Any] = {key: one for key, one in limits.items() if one is not None}
         with self._store.sole_writer():
+            wish = None
+            if index is not None:
+                wish = Wish(index, **given)
+            elif given:
+                wish = replace(self._cache.wish, **given)
             self._cache.rebuild(
                 wish,
                 queries_QD=None if queries is None else as_queries(queries, self._store.dim),
@@ -526,7 +540,9 @@ class Collection:
         model, token_budget: as of `create`. drop_failed: a video whose file is gone, has changed
         or cannot be read is removed at the switch; without it there is no switch then.
         progress: called with (videos done, videos in all, path) after each.
-        Raises ValueError if one by another model or budget is under way, OSError if another
+        Raises ValueError if one by another model or budget is under way; with drop_failed also if
+        the model gave a vector that is none, no video could be read, or a folder of videos is not
+        there or empty (its disk may not be mounted), with nothing dropped. OSError if another
         process writes.
         """
         embedder = load_embedder(model)
@@ -554,24 +570,26 @@ class Collection:
         files: str | Path | Sequence[str | Path],
         *,
         progress: Callable[[int, int, str], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> exchange.ImportReport:
         """Store videos with vectors that `embed_shard` or `export_shards` wrote.
 
-        A video that is there with the same path and content adds nothing but metadata; one whose
-        content has changed replaces its segments. Nothing is removed. So it may be interrupted and
+        A video that is there with the same path and content adds nothing but metadata under keys
+        that it lacks; one whose content has changed replaces its segments, unless the file that is
+        stored has a later time. Nothing is removed. So it may be interrupted and
         called again. Segments get new ids, but a collection that never held any takes over those
         of the first export that it imports, also when that is imported again.
 
         files: Parquet files, or folders of them; in folders only those with a marker that says that
         they are finished. A damaged one is reported, the others are imported.
         progress: called with (segments done, segments in all, file) on the way.
-        Raises ValueError for files of another model, budget or cutting, before anything is stored.
+        say: called with a line before the index is made anew, and after it.
+        Raises ValueError for files of another model, budget or cutting, and for a folder with
+        shards of arrays of two sizes, before anything is stored.
         """
         with self._store.sole_writer():
-            before = self._store.revision()
             report = exchange.import_shards(self._store, _as_list(files), progress=progress)
-            if self._store.revision() != before:
-                self._refresh_cache()
+            self._refresh_cache(say)
         return report
 
     def export_shards(
@@ -633,10 +651,10 @@ class Collection:
     def __repr__(self) -> str:
         return f"Collection({str(self._store.folder)!r})"
 
-    def _refresh_cache(self) -> None:
+    def _refresh_cache(self, say: Callable[[str], None] | None = None) -> None:
         """Bring the cache up to date after a write. What was committed stands if that fails."""
         try:
-            self._cache.merge_if_due()
+            self._cache.merge_if_due(say=say or _log.info)
         except (OSError, ValueError) as error:
             _log.warning("collection %r: its index is not up to date: %s", self._store.name, error)
 
@@ -649,3 +667,13 @@ class Collection:
 
 def _as_list(given: str | Path | Sequence[Any]) -> list[Any]:
     return [given] if isinstance(given, str | Path) else list(given)
+
+
+def _as_ids(given: int | Sequence[int]) -> list[int]:
+    try:
+        ids = [given] if isinstance(given, int | np.integer) else list(given)
+        if isinstance(given, str):
+            raise TypeError
+        return [whole_number(one) for one in ids]
+    except TypeError as error:
+        raise ValueError(f"an id is a whole number, got {given!r}") from error

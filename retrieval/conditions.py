@@ -45,6 +45,8 @@ def where_sql(where: Where | None) -> tuple[str, list[Any]]:
     hold, and it is quickest if the one that leaves the fewest videos stands first; none: always
     true. Raises ValueError that names the key and what is allowed.
     """
+    if where is not None and not isinstance(where, Mapping):
+        raise ValueError(f"where is of keys and what their values must be like, got {where!r}")
     held: list[str] = []
     lacking: list[str] = []
     values: list[Any] = []

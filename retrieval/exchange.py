@@ -3,14 +3,13 @@
 Shape legend: N segments or texts, D width.
 """
 
-import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from fluxclip.video import Cutting
 
 from .conditions import MetadataValue, encode_metadata
 from .ingest import Embedder, Source, embed_sources, find_sources, full_path, stated_file
-from .schema import refuse_existing
+from .schema import make_unfinished, refuse_existing, remove_unfinished
 from .shard_file import (
     FORMAT,
     ROWS_PER_GROUP,
@@ -112,7 +111,8 @@ def embed_shard(
     shard: (i, N), i from 0 to N - 1. model: what `fluxclip.load_model` takes or returns.
     token_budget, cut, window_s, stride_s: as of `Collection.create`. metadata: of every video.
     progress: called with (videos done, videos in all, path). Raises ValueError for bad settings and
-    if `paths` hold no video at all, OSError if the file cannot be written.
+    if `paths` hold no video at all, OSError if the file cannot be written, or if one of `paths` is
+    not there or a folder cannot be looked into: then all shards do, and stay as they are.
     """
     number, num_shards = shard
     if not 0 <= number < num_shards:
@@ -130,6 +130,7 @@ def embed_shard(
     embedder.grid(token_budget)  # the model refuses a budget it cannot serve
     given = [paths] if isinstance(paths, str | Path) else paths
     found = find_sources(given, recursive=True)
+    _refuse_unseen(found)
     sources = [source for source in found if shard_of(source.path, num_shards) == number]
     about = {
         "model_source": str(getattr(embedder, "source", embedder.name)),
@@ -185,18 +186,16 @@ def export_shards(
     folder = Path(full_path(folder))
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    unfinished = make_unfinished(folder)
     try:
-        unfinished.mkdir()
         with store.snapshot():
             report = _export(store, unfinished, rows_per_file, progress)
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    # left by killed ones; one at work could not take the name any more
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.unfinished"):
-        shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):  # the export itself is done
+        remove_unfinished(folder)
     return report
 
 
@@ -216,7 +215,7 @@ def import_shards(
         if not store.last_segment_id():
             ids_of = ids_of or shard.about.get("collection_id")
     if ids_of != settings.get("ids_of"):
-        store.set_setting("ids_of", ids_of)  # before the first of them is stored
+        store.set_settings({"ids_of": ids_of})  # before the first of them is stored
     num_rows, num_done = sum(shard.num_rows for shard in shards), 0
     added = skipped = texts = 0
     for shard in shards:
@@ -239,14 +238,21 @@ def import_shards(
 
 
 def settings_of(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """How the vectors of files were made, from the first of them: for a collection like it.
+    """How the vectors of files were made: for a collection like it.
 
-    ValueError if there is none that can be read.
+    ValueError if none of them can be read, or they were not all made in one way.
     """
     shards, failed, _ = _open_all(paths)
     if not shards:
         raise ValueError("; ".join(f"{path}: {reason}" for path, reason in failed.items()))
-    return shards[0].about
+    first, *others = shards
+    for shard in others:
+        if _how(shard.about) != _how(first.about):
+            raise ValueError(
+                f"{shard.path} was made {_said(shard.about)}; {first.path} {_said(first.about)}: "
+                "import them into collections of their own"
+            )
+    return first.about
 
 
 def _export(
@@ -273,13 +279,14 @@ def _export(
         file = folder / _name(number, len(counts))
         (folder / str(number)).rename(file)
         write_marker(file, {"videos": num_videos, "segments": num_rows})
-    texts, vectors_ND = store.texts()
-    if texts:
+    num_texts = store.counts()["texts"]
+    if num_texts:
         with ShardWriter(folder / TEXTS, about, content="texts") as writer:
-            writer.add_texts(texts, vectors_ND)
-        write_marker(folder / TEXTS, {"texts": len(texts)})
+            for texts, vectors_ND in store.text_blocks(rows=ROWS_PER_GROUP):
+                writer.add_texts(texts, vectors_ND)
+        write_marker(folder / TEXTS, {"texts": num_texts})
     return ExportReport(
-        len(counts), sum(num for num, _ in counts), sum(num for _, num in counts), len(texts)
+        len(counts), sum(num for num, _ in counts), sum(num for _, num in counts), num_texts
     )
 
 
@@ -321,9 +328,11 @@ def _put(store: Store, videos: Sequence[VideoRow], *, keeps_ids: bool) -> int:
     for video in videos:
         held = known.get(video.path)
         if held is not None and held.sha256 == video.state.sha256:
-            if video.metadata or held != video.state:
-                store.touch_video(video.path, video.state, video.metadata)
+            if video.metadata:
+                store.fill_metadata(video.path, video.metadata)
             continue
+        if held is not None and held.mtime_ns > video.state.mtime_ns:
+            continue  # the file is older than what was added since
         ids = video.ids
         # an id that was given out once must not come again
         if not keeps_ids or ids is None or min(ids) <= last_id:
@@ -337,14 +346,14 @@ def _put(store: Store, videos: Sequence[VideoRow], *, keeps_ids: bool) -> int:
 
 def _put_texts(store: Store, shard: ShardFile) -> int:
     """Store the texts that are new; returns how many these are."""
-    held = {text for _, text in store.texts()[0]}
-    before = len(held)
+    num_new = 0
     for texts, vectors_ND in shard.texts():
+        held = store.known_texts(texts)
         new = {text: at for at, text in enumerate(texts) if text not in held}
         if new:
             store.put_texts(list(new), vectors_ND[list(new.values())])
-            held.update(new)
-    return len(held) - before
+            num_new += len(new)
+    return num_new
 
 
 def _open_all(
@@ -378,13 +387,23 @@ def _open_all(
 
 
 def _missing(paths: Mapping[Path, bool]) -> tuple[str, ...]:
-    """Those of the same arrays that are not beside the ones found in folders."""
+    """Those of the same arrays that are not beside the ones found in folders.
+
+    ValueError for a folder with arrays of two sizes: both hold the same videos, one is outdated.
+    """
     arrays: dict[tuple[Path, int], int] = {}  # how many there are of each
     for path, is_of_folder in paths.items():
         match = re.fullmatch(r"shard-\d{5,}-of-(\d{5,})\.parquet", path.name)
         if is_of_folder and match:
             array = (path.parent, int(match[1]))
             arrays[array] = arrays.get(array, 0) + 1
+    for folder in {folder for folder, _ in arrays}:
+        sizes = sorted(size for where, size in arrays if where == folder)
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{folder} holds shards of arrays of {' and of '.join(map(str, sizes))}: remove "
+                "those that are outdated, or name the files to import"
+            )
     wanted = (
         folder / _name(number, num_shards)
         for (folder, num_shards), num in arrays.items()
@@ -392,6 +411,22 @@ def _missing(paths: Mapping[Path, bool]) -> tuple[str, ...]:
         for number in range(num_shards)
     )
     return tuple(str(path) for path in wanted if not path.exists())
+
+
+def _refuse_unseen(sources: Sequence[Source]) -> None:
+    """Raise OSError for what was named and is not there, or could not be looked into.
+
+    A shard made without it would hold less than it seems to.
+    """
+    for source in sources:
+        reason = source.error
+        if source.is_named and reason is None:
+            try:
+                os.lstat(source.path)
+            except OSError as error:
+                reason = error.strerror
+        if reason is not None:
+            raise OSError(f"{source.path}: {reason}; no shard is made without it")
 
 
 def _row(source: Source, metadata: Mapping[str, MetadataValue] | None) -> VideoRow:

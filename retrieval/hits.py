@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import BinaryIO, Literal, TextIO
 
-from fluxclip.video import is_image, is_there, read_clip
+from fluxclip.video import VideoError, is_image, is_there, read_clip
 
 from .search import Hit
 
@@ -77,7 +77,7 @@ def save_clip(hit: Hit, path: str | Path) -> None:
     try:
         with open(unfinished, "w+b") as file:
             if is_image(video):
-                with open(video, "rb") as still:
+                with _opened(video) as still:
                     shutil.copyfileobj(still, file)
             else:
                 write_excerpt(video, file, start_s=hit.start_s, end_s=hit.end_s)
@@ -145,8 +145,23 @@ def _video(hit: Hit) -> Path:
     if not hit.video:
         raise ValueError("a hit among texts has no picture")
     path = Path(hit.video)
-    if not is_there(path):
+    try:
+        is_gone = not is_there(path)
+    except OSError as error:  # as of a folder that cannot be entered
+        raise _not_readable(path, error) from error
+    if is_gone:
         raise FileNotFoundError(
             f"{path}: not there any more; if it has moved, add it from where it is now"
         )
     return path
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise _not_readable(path, error) from error
+
+
+def _not_readable(path: Path, error: OSError) -> VideoError:
+    return VideoError(path, f"cannot be opened ({error.strerror})", kind="not readable")

@@ -11,7 +11,8 @@ The rule "auto", for n vectors of d numbers:
    largest divisor of d that is not above d / 8.
 
 Whatever 2, 3 or any other kind of index brings is ranked anew by exact vectors, which stay in the
-file and are read from there as they are needed.
+file and are read from there as they are needed. The memory limit is about searching: to make any of
+these takes n x d x 4 bytes once, beside the codes, and where that is not free none is made.
 Shape legend: N vectors, Q queries, K results, D width.
 """
 
@@ -20,7 +21,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from numbers import Real
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ RECALL = 0.97  # of the ten best, in the mean over the queries of the worst kind
 RECALL_AT = 10
 QUERIES_PER_KIND = 256
 _CANDIDATES = (1, 4, 16, 64)
+
+_V1 = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+_V2 = "/sys/fs/cgroup", "memory.max"
 
 _log = logging.getLogger(__name__)
 
@@ -54,17 +59,21 @@ class Wish:
     def __post_init__(self) -> None:
         for name in ("memory_limit", "latency_ms"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be more than 0, got {value!r}")
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (is_number and value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be more than 0, as a number; got {value!r}")
             if value is not None and self.index != AUTO:
                 raise ValueError(
-                    f'{name} is for the index "auto": leave it out, or the index {self.index!r}'
+                    f'{name} is for the index "auto", not for {self.index!r}: leave it out, or '
+                    'give index="auto" (--index auto) with it'
                 )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Wish":
         """What the settings of a collection say; those of an old one have no limits."""
-        return cls(settings["index"], settings.get("memory_limit"), settings.get("latency_ms"))
+        if settings["index"] != AUTO:  # a kill once could leave limits beside another index
+            return cls(settings["index"])
+        return cls(AUTO, settings.get("memory_limit"), settings.get("latency_ms"))
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,12 +169,15 @@ def _recall(found: Sequence[np.ndarray], best: Sequence[np.ndarray]) -> float:
 
 
 def physical_memory() -> int:
-    """Bytes of memory of this machine, or that this process may use of it."""
-    return min(_limits(), default=0) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory of this machine, or that the containers or jobs we are in may use of it."""
+    return min([*_limits(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")])
 
 
 def available_memory() -> int:
-    """Bytes that can be used now without moving others out, about."""
+    """Bytes that can be used now without moving others out, about.
+
+    Of the limit of a container or job, what is used of it already is not taken off.
+    """
     free = physical_memory()
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
@@ -174,8 +186,16 @@ def available_memory() -> int:
 
 
 def _limits() -> list[int]:
-    """Of the control group, where there is one: of containers and of jobs."""
-    words = _lines("/sys/fs/cgroup/memory.max")
+    """Bytes that the control groups of this process may use, of both versions of these."""
+    words = []
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = _V1 if controllers else _V2
+        group = PurePosixPath(path)
+        for each in (group, *group.parents):  # the limits of those above hold too
+            words += _lines(str(PurePosixPath(f"{root}{each}", name)))
     return [int(word) for word in words if word.strip().isdecimal()]
 
 

@@ -118,6 +118,7 @@ class Source:
     segments: list[Segment] = field(default_factory=list)
     vectors: list[np.ndarray] = field(default_factory=list)
     error: str | None = None
+    is_models_fault: bool = False  # the error: no usable vector came of what was read
 
     @property
     def is_done(self) -> bool:
@@ -178,7 +179,8 @@ def gone_below(
     """Those of the known paths below the folders among `paths` under which there is nothing now.
 
     sources: what was found. A folder in which nothing was found tells nothing: a disk that is not
-    mounted looks like that. Nor does one that cannot be looked into.
+    mounted looks like that. Nor does one further below that is gone or empty, or cannot be looked
+    into.
     """
     found = {source.path for source in sources}
     folders = {
@@ -196,7 +198,28 @@ def gone_below(
             for folder in folders
         )
         and _is_gone(path)
+        and is_there_or_gone_alone(path)
     ]
+
+
+def is_there_or_gone_alone(path: str) -> bool:
+    """Whether there is a file, or else a folder that it is gone from and that still holds others.
+
+    Of a link, where it leads to. A folder that is gone or empty may be one of a disk that is not
+    mounted.
+    """
+    path = os.path.realpath(path)
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        try:
+            with os.scandir(os.path.dirname(path)) as entries:
+                return any(entries)
+        except OSError:
+            return False
+    except OSError:
+        return False
+    return True
 
 
 def embed_sources(
@@ -426,6 +449,7 @@ def _embed(batch: Sequence[tuple[Source, Clip]], model: Embedder, token_budget: 
         source.vectors.append(vector_D)
         if problem := vector_problem(vector_D):
             source.error = f"model {model.name!r} gave a vector that is {problem}"
+            source.is_models_fault = True
 
 
 def embed_texts(model: Embedder, texts: Sequence[str]) -> np.ndarray:

@@ -78,13 +78,17 @@ class ServingModel:
         self._model: Embedder | None = None
         self._text_encoder: QueryEncoder | None = None
         self._looked_for_text_encoder = False
+        self._revision: tuple[int, str] | None = None  # of the settings
         self.settings = store.settings()
         if model is not None:
             self.use(model)
 
     def follow(self) -> None:
         """Read the settings anew; let go of what belonged to a space that serves no longer."""
-        settings = self._store.settings()
+        # first, so that what changes in between is noticed the next time
+        if self._revision == (revision := self._store.revision()):
+            return
+        self._revision, settings = revision, self._store.settings()
         if settings != self.settings:
             if settings["space"] != self.settings["space"]:
                 self._text_encoder, self._looked_for_text_encoder = None, False
@@ -222,7 +226,11 @@ def as_mix(query: str | Query | Iterable[Query]) -> tuple[Query, ...]:
     """What may be searched for, as the queries of a mix; ValueError for what is none."""
     if isinstance(query, str):
         return (Query(query),)
-    mix = (query,) if isinstance(query, Query) else tuple(query)
+    if isinstance(query, Query):
+        return (query,)
+    if not isinstance(query, Iterable):
+        raise ValueError(f"a query is a text, a Query(...) or a mix of these, got {query!r}")
+    mix = tuple(query)
     if not mix:
         raise ValueError("a mix needs at least one query")
     for part in mix:

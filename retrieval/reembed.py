@@ -9,7 +9,7 @@ Shape legend: N segments, D width.
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from fluxclip.video import Cutting
 
 from .cache import IndexCache
-from .ingest import Embedder, Source, embed_sources, embed_texts
+from .ingest import Embedder, Source, embed_sources, embed_texts, is_there_or_gone_alone
 from .query_encoder import FOLDER, export_text_encoder, text_encoder_folder
 from .store import Store
 
@@ -64,9 +64,11 @@ def re_embed(
     while batch := store.unstaged_texts(_TEXTS_PER_COMMIT):
         vectors_ND = embed_texts(model, [text for _, text in batch])
         store.put_staged_texts([id for id, _ in batch], vectors_ND)
-    done, failed = _embed_segments(store, model, token_budget, progress)
+    done, failed, by_model = _embed_segments(store, model, token_budget, progress)
     if failed and not drop_failed:
         return ReEmbedReport(done, failed, switched=False)
+    if failed:
+        _refuse_to_drop(store, failed, by_model)
     staged = store.staged()
     assert staged is not None
     _export_tower(store, model, staged["space"])
@@ -145,15 +147,43 @@ def _stage(store: Store, model: Embedder, token_budget: int | None) -> bool:
     return True
 
 
+def _refuse_to_drop(store: Store, failed: Mapping[str, str], by_model: Sequence[str]) -> None:
+    """Raise ValueError where anything else than the files themselves may be to blame."""
+    if by_model:
+        raise ValueError(
+            f"{by_model[0]}: {failed[by_model[0]]}{_and_more(by_model)}; that is not the fault of "
+            "a file, so nothing was dropped and nothing switched"
+        )
+    if store.num_unstaged_videos() == store.counts()["videos"]:
+        raise ValueError(
+            f"not one video of collection {store.name!r} could be read "
+            f"({next(iter(failed))}{_and_more(list(failed))}), so none was dropped: "
+            "is the disk mounted?"
+        )
+    if lost := [path for path in failed if not is_there_or_gone_alone(path)]:
+        raise ValueError(
+            f"{lost[0]}{_and_more(lost)}: the folder is not there, empty or cannot be looked into, "
+            "so nothing was dropped: is the disk mounted? If it is, remove them (index remove)"
+        )
+
+
+def _and_more(paths: Sequence[str]) -> str:
+    return f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+
+
 def _embed_segments(
     store: Store,
     model: Embedder,
     token_budget: int | None,
     progress: Callable[[int, int, str], None] | None,
-) -> tuple[int, dict[str, str]]:
-    """Embed what has no vector in the staged space: number of videos done, and what failed."""
-    total = sum(1 for _ in _unstaged(store, {}))
+) -> tuple[int, dict[str, str], list[str]]:
+    """Embed what has no vector in the staged space.
+
+    Number of videos done; which failed, with reasons; those of them that failed by the model.
+    """
+    total = store.num_unstaged_videos()
     failed: dict[str, str] = {}
+    by_model: list[str] = []
     ids_of: dict[str, list[int]] = {}  # of videos on their way
     ids: list[int] = []
     vectors: list[np.ndarray] = []
@@ -176,6 +206,7 @@ def _embed_segments(
             ids_of_source = ids_of.pop(source.path)
             if source.error is not None:
                 failed[source.path] = source.error
+                by_model += [source.path] if source.is_models_fault else []
             else:
                 ids += ids_of_source
                 vectors += source.vectors
@@ -184,7 +215,7 @@ def _embed_segments(
             if progress is not None:
                 progress(num, total, source.path)
     commit()
-    return total - len(failed), failed
+    return total - len(failed), failed, by_model
 
 
 def _unstaged(store: Store, ids_of: dict[str, list[int]]) -> Iterator[Source]:

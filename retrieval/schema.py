@@ -183,13 +183,8 @@ class Database:
 
     def remove_unfinished(self) -> list[str]:
         """Remove what was left where making this folder was killed once; says what that was."""
-        pattern = re.compile(rf"\.{re.escape(self.name)}\.\d+\.unfinished")
-        # nobody is at work there: under a name that is taken nothing is made
-        beside = self.folder.parent.glob(".*.unfinished")
-        left = [path for path in beside if pattern.fullmatch(path.name)]
-        for path in left:
-            shutil.rmtree(path)
-        return [f"{path.name} was removed: a killed process left it" for path in left]
+        left = remove_unfinished(self.folder)
+        return [f"{name} was removed: a killed process left it" for name in left]
 
     def close(self) -> None:
         if self._connection is not None:
@@ -202,10 +197,11 @@ class Database:
             rows = self._rows("SELECT key, value FROM settings")
             return _Settings(self.folder, {key: json.loads(value) for key, value in rows})
 
-    def set_setting(self, key: str, value: Any) -> None:
-        """Change a setting to a value that JSON can hold."""
+    def set_settings(self, settings: Mapping[str, Any]) -> None:
+        """Change settings, all in one step, to values that JSON can hold."""
         with self._transaction():
-            self._put_setting(key, value)
+            for key, value in settings.items():
+                self._put_setting(key, value)
 
     def revision(self) -> tuple[int, str]:
         """A number that grows with every committed write, and a random token of that write.
@@ -258,6 +254,9 @@ class Database:
             with plain_errors(self.folder):
                 self._db.execute("PRAGMA synchronous = FULL")
                 self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                # it flushes nothing where somebody still reads what was before
+                with (self.folder / f"{DATABASE}-wal").open("rb") as log:
+                    os.fsync(log.fileno())
 
     @contextmanager
     def sole_writer(self, *, wait_s: float | None = None) -> Iterator[None]:
@@ -339,15 +338,42 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
+def make_unfinished(folder: Path) -> Path:
+    """Make the folder in which this process works at one before it gets its name.
+
+    FileExistsError if there is one: on a shared disk it may be of another machine.
+    """
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir()
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{str(unfinished)!r} is there: another process is making {folder.name!r}, or was "
+            "killed; then remove it"
+        ) from error
+    return unfinished
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what is left of makings of a folder that is there now; returns the names."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.unfinished")
+    # nobody is at work there: under a name that is taken nothing is made
+    beside = folder.parent.glob(".*.unfinished")
+    left = [path for path in beside if pattern.fullmatch(path.name)]
+    for path in left:
+        shutil.rmtree(path)
+    return [path.name for path in left]
+
+
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder under another name, which gets its own when it is complete."""
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    with plain_errors(folder):
+        unfinished = make_unfinished(folder)
     try:
         with plain_errors(folder):
-            unfinished.mkdir()
             yield unfinished
             unfinished.rename(folder)
     except BaseException:

@@ -6,9 +6,10 @@ Shape legend: N segments or texts, D width.
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from .store import SegmentRow, Store
 
 # Scores closer than this may come out of an index in either order, by rounding in single precision.
 _SCORE_ROUNDING = 1e-5
+_ROWS_AT_ONCE = 4096  # of a large collection all vectors at once may not fit into memory
 _TIME_ROUNDING_S = 1e-6  # windows that touch may end and begin a rounding apart
 
 
@@ -56,9 +58,9 @@ class Wanted:
     target: Literal["video", "text"] = "video"
 
     def __post_init__(self) -> None:
-        if type(self.k) is not int or self.k < 1:
+        if not _is_whole(self.k) or self.k < 1:
             raise ValueError(f"k must be a whole number, 1 or more; got {self.k!r}")
-        if type(self.offset) is not int or self.offset < 0:
+        if not _is_whole(self.offset) or self.offset < 0:
             raise ValueError(f"offset must be a whole number, 0 or more; got {self.offset!r}")
         if self.min_score is not None and not _is_finite(self.min_score):
             raise ValueError(f"min_score must be a finite number; got {self.min_score!r}")
@@ -85,7 +87,7 @@ class Wanted:
     @property
     def up_to(self) -> int:
         """Length of the list of answers of which the wanted ones are the end."""
-        return self.offset + self.k
+        return int(self.offset) + int(self.k)
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,17 @@ class Searcher:
         if wanted.target == "text":
             return [self._texts.hits(query_D, wanted) for query_D in queries_QD]
         allowed_N = self._store.segment_ids(wanted.where) if wanted.where else None
+        up_to = wanted.up_to
+        if wanted.group_by == "video" and wanted.merge_gap_s is None:
+            up_to = min(up_to, self._store.num_videos(wanted.where))  # where no more can come
         return [
-            self._hits(self._moments(query_D, wanted, allowed_N)[wanted.offset : wanted.up_to])
+            self._hits(self._moments(query_D, wanted, up_to, allowed_N)[wanted.offset :])
             for query_D in queries_QD
         ]
 
     def _hits(self, moments: Sequence[_Moment]) -> list[Hit]:
         video_ids = {moment.video_id for moment in moments}
-        metadata = {video_id: self._store.metadata(video_id) for video_id in video_ids}
+        metadata = self._store.metadata_of(list(video_ids))
         return [
             Hit(
                 moment.id,
@@ -128,34 +133,52 @@ class Searcher:
                 moment.start_s,
                 moment.end_s,
                 moment.score,
-                dict(metadata[moment.video_id]),
+                dict(metadata.get(moment.video_id, {})),
             )
             for moment in moments
         ]
 
     def _moments(
-        self, query_D: np.ndarray, wanted: Wanted, allowed_N: np.ndarray | None
+        self, query_D: np.ndarray, wanted: Wanted, up_to: int, allowed_N: np.ndarray | None
     ) -> list[_Moment]:
         """The first `up_to` answers, as far as there are: more candidates until sure."""
         least = -np.inf if wanted.min_score is None else wanted.min_score
         is_one_each = wanted.group_by is None and wanted.merge_gap_s is None
-        num = wanted.up_to + 4 if is_one_each else 2 * wanted.up_to + 16
+        num = up_to + 4 if is_one_each else 2 * up_to + 16
+        ids_N, scores_N = np.empty(0, np.int64), np.empty(0)
         while True:
-            ids_N, bound = self._cache.nearest(query_D, num, allowed_N=allowed_N)
+            found_N, bound = self._cache.nearest(query_D, num, allowed_N=allowed_N)
             # what was left out scores no more than the bound
             sure = max(least, bound + _SCORE_ROUNDING)
-            ranked = self._ranked(query_D, ids_N)
-            listed, is_full = _listed([m for m in ranked if m.score >= sure], wanted)
+            new_N, new_scores_N = self._scored(query_D, np.setdiff1d(found_N, ids_N))
+            ids_N = np.concatenate([ids_N, new_N])
+            scores_N = np.concatenate([scores_N, new_scores_N])
+            order_N = np.lexsort((ids_N, -scores_N))
+            order_N = order_N[scores_N[order_N] >= sure]
+            ranked = self._ranked(ids_N[order_N], scores_N[order_N])
+            listed, is_full = _listed(ranked, wanted, up_to)
             if is_full or sure == least:
                 return listed
             num *= 4
 
-    def _ranked(self, query_D: np.ndarray, ids_N: np.ndarray) -> list[_Moment]:
-        ids_N, vectors_ND = self._store.vectors(ids_N)
-        rows = self._store.segments(ids_N)
-        scores_N = _scores(vectors_ND, query_D)
-        order_N = np.lexsort((ids_N, -scores_N))
-        return [_moment(rows[int(ids_N[i])], float(scores_N[i])) for i in order_N]
+    def _scored(self, query_D: np.ndarray, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the ids that there are, and their scores."""
+        scored = [(ids_N[:0], np.empty(0))]
+        for at in range(0, len(ids_N), _ROWS_AT_ONCE):
+            block_N, vectors_ND = self._store.vectors(ids_N[at : at + _ROWS_AT_ONCE])
+            scored.append((block_N, _scores(vectors_ND, query_D)))
+        ids, scores = zip(*scored, strict=True)
+        return np.concatenate(ids), np.concatenate(scores)
+
+    def _ranked(self, ids_N: np.ndarray, scores_N: np.ndarray) -> Iterator[_Moment]:
+        """The segments in the order of these ids, read as they are asked for."""
+        at, num = 0, 64  # most lists are short
+        while at < len(ids_N):
+            ids = ids_N[at : at + num]
+            rows = self._store.segments(ids)
+            for id, score in zip(ids.tolist(), scores_N[at : at + num].tolist(), strict=True):
+                yield _moment(rows[id], score)
+            at, num = at + num, min(4 * num, _ROWS_AT_ONCE)
 
 
 class _Texts:
@@ -188,6 +211,10 @@ class _Texts:
         return hits[wanted.offset : wanted.up_to]
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -198,48 +225,68 @@ def _moment(row: SegmentRow, score: float) -> _Moment:
 
 def _scores(vectors_ND: np.ndarray, query_D: np.ndarray) -> np.ndarray:
     """Inner products (N,) in double precision, each row's sum taken alike wherever it stands."""
-    return (vectors_ND.astype(np.float64) * query_D).sum(axis=1)
+    scores_N = np.empty(len(vectors_ND))
+    for at in range(0, len(vectors_ND), _ROWS_AT_ONCE):
+        rows_ND = vectors_ND[at : at + _ROWS_AT_ONCE].astype(np.float64)
+        scores_N[at : at + _ROWS_AT_ONCE] = (rows_ND * query_D).sum(axis=1)
+    return scores_N
 
 
-def _listed(ranked: Sequence[_Moment], wanted: Wanted) -> tuple[list[_Moment], bool]:
+def _listed(ranked: Iterable[_Moment], wanted: Wanted, up_to: int) -> tuple[list[_Moment], bool]:
     """The first answers that segments make, the best first, and whether more could not change them.
 
     With merge_gap_s those of a video that are near each other are one. What ranks below the segment
     that would begin one answer too many has no say: else an answer would spread over all of a film.
     """
+    if wanted.merge_gap_s is not None:
+        return _merged(ranked, wanted.merge_gap_s, wanted.group_by, up_to)
+    listed: list[_Moment] = []
+    seen: set[int] = set()
+    for moment in ranked:
+        if wanted.group_by == "video" and moment.video_id in seen:
+            continue
+        seen.add(moment.video_id)
+        listed.append(moment)
+        if len(listed) == up_to:
+            return listed, True
+    return listed, False
+
+
+def _merged(
+    ranked: Iterable[_Moment], gap_s: float, group_by: Literal["video"] | None, up_to: int
+) -> tuple[list[_Moment], bool]:
+    # by start, and so by end: no two of a video are near each other
     of_video: dict[int, list[_Moment]] = {}
     num, is_full = 0, False
     for moment in ranked:
         others = of_video.get(moment.video_id, [])
-        near = []
-        if wanted.merge_gap_s is not None:
-            near = [other for other in others if _are_near(other, moment, wanted.merge_gap_s)]
-        begins = not near and not (wanted.group_by == "video" and others)
-        if is_full := begins and num == wanted.up_to:
+        near = _near(others, moment, gap_s + _TIME_ROUNDING_S)
+        num_near = near.stop - near.start
+        begins = not num_near and not (group_by == "video" and others)
+        if is_full := begins and num == up_to:
             break
-        joined = replace(
-            min([moment, *near], key=_rank),
-            start_s=min(one.start_s for one in [moment, *near]),
-            end_s=max(one.end_s for one in [moment, *near]),
-        )
-        of_video[moment.video_id] = [joined, *(other for other in others if other not in near)]
-        num += 1 if begins else 0 if wanted.group_by == "video" else 1 - len(near)
-        if wanted.merge_gap_s is None and num == wanted.up_to:
-            is_full = True
-            break
-    answers = sorted((one for each in of_video.values() for one in each), key=_rank)
-    return (_first_of_each_video(answers) if wanted.group_by == "video" else answers), is_full
+        if group_by == "video":
+            num += begins
+        else:
+            num += 1 - num_near
+        joined = moment
+        if num_near:
+            parts = [moment, *others[near]]
+            start_s = min(part.start_s for part in parts)
+            end_s = max(part.end_s for part in parts)
+            joined = replace(min(parts, key=_rank), start_s=start_s, end_s=end_s)
+        others[near] = [joined]
+        of_video[moment.video_id] = others
+    if group_by == "video":
+        return sorted((min(each, key=_rank) for each in of_video.values()), key=_rank), is_full
+    return sorted((one for each in of_video.values() for one in each), key=_rank), is_full
 
 
-def _first_of_each_video(ranked: Sequence[_Moment]) -> list[_Moment]:
-    first: dict[int, _Moment] = {}
-    for moment in ranked:
-        first.setdefault(moment.video_id, moment)
-    return list(first.values())
-
-
-def _are_near(a: _Moment, b: _Moment, gap_s: float) -> bool:
-    return max(a.start_s, b.start_s) - min(a.end_s, b.end_s) <= gap_s + _TIME_ROUNDING_S
+def _near(others: Sequence[_Moment], moment: _Moment, gap_s: float) -> slice:
+    """Where those are that are at most so far from a moment, or where it would stand itself."""
+    first = bisect_left(others, True, key=lambda other: moment.start_s - other.end_s <= gap_s)
+    end = bisect_left(others, True, first, key=lambda other: other.start_s - moment.end_s > gap_s)
+    return slice(first, end)
 
 
 def _rank(moment: _Moment) -> tuple[float, int]:

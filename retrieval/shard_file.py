@@ -10,8 +10,10 @@ Shape legend: N segments or texts, D width.
 import json
 import math
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,7 @@ FORMAT = 1
 KEY = "fluxclip"  # in the metadata of the schema
 SUFFIX, DONE = ".parquet", ".done"
 ROWS_PER_GROUP = 16_384
+_LEFT_AFTER_S = 86_400  # nobody writes at a file of another machine any more that is older
 
 _COLUMNS = ("id", "video", "size", "mtime_ns", "sha256", "duration_s", "start_s", "end_s",
             "metadata", "vector")  # fmt: skip
@@ -58,8 +61,7 @@ class ShardWriter:
             metadata={KEY: json.dumps({"format": FORMAT, "content": content, **about})},
         )
         self._path = path
-        # of this process alone: another one may be at work on the same shard
-        self._unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        self._unfinished = _unfinished(path)
         self._columns: dict[str, list[Any]] = {name: [] for name in names}
         self.videos = self.rows = 0
         with _errors_named(path):
@@ -85,9 +87,8 @@ class ShardWriter:
                         os.fsync(file.fileno())
                     _unmark(self._path)  # what it says is about the file of before
                     self._unfinished.replace(self._path)
-                    # left by killed processes; one at work would have written the same
-                    for left in self._path.parent.glob(f".{self._path.name}.*.tmp"):
-                        left.unlink(missing_ok=True)
+                    for name in (self._path.name, marker_of(self._path).name):
+                        _remove_left(self._path.with_name(name))
         finally:
             self._unfinished.unlink(missing_ok=True)
 
@@ -113,6 +114,8 @@ class ShardWriter:
         self._columns["text"] += [text for _, text in texts]
         self._columns["vector"] += list(vectors_ND)
         self.rows += len(texts)
+        if len(self._columns["id"]) >= ROWS_PER_GROUP:
+            self._write_group()
 
     def _write_group(self) -> None:
         import pyarrow
@@ -142,8 +145,9 @@ class ShardFile:
         with _damage(), parquet.ParquetFile(path) as file:
             self.num_rows: int = file.metadata.num_rows
             schema = file.schema_arrow
+        self._said = _said_in(schema)
         try:
-            self.about: dict[str, Any] = json.loads((schema.metadata or {})[KEY.encode()])
+            self.about: dict[str, Any] = json.loads(self._said)
             stated = {key: self.about[key] for key in ("format", "content", *_ABOUT)}
             Cutting.of(self.about)  # checks itself
         except (KeyError, ValueError, TypeError) as error:
@@ -226,6 +230,8 @@ class ShardFile:
         with _damage():
             file = parquet.ParquetFile(self.path, page_checksum_verification=True)
         with file:
+            if _said_in(file.schema_arrow) != self._said:
+                raise DamagedError("it was replaced meanwhile: import again")
             # group by group: over all of them at once pyarrow keeps what it has read
             for group in range(file.num_row_groups):
                 batches = file.iter_batches(
@@ -237,6 +243,12 @@ class ShardFile:
                     if batch is None:
                         break
                     yield batch
+
+
+def _said_in(schema: Any) -> bytes:
+    """What a schema's metadata hold under `KEY`; empty if nothing."""
+    said: bytes = (schema.metadata or {}).get(KEY.encode(), b"")
+    return said
 
 
 def _checked_video(
@@ -275,6 +287,8 @@ def _checked_video(
 def _joined(video: VideoRow, more: VideoRow) -> VideoRow:
     if video.ids is not None and more.ids is not None:
         ids: Sequence[int] | None = [*video.ids, *more.ids]
+        if more.ids[0] <= video.ids[-1]:
+            raise DamagedError(f"video {video.path!r}: the ids of its segments do not ascend")
     else:
         ids = None
     return replace(
@@ -302,7 +316,7 @@ def read_marker(file: Path) -> dict[str, Any] | None:
 
 def write_marker(file: Path, said: Mapping[str, Any]) -> None:
     marker = marker_of(file)
-    unfinished = marker.with_name(f".{marker.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    unfinished = _unfinished(marker)
     text = json.dumps({"format": FORMAT, "bytes": file.stat().st_size, **said}, indent=2)
     with _errors_named(marker):
         unfinished.write_text(text + "\n", encoding="utf-8")
@@ -311,6 +325,34 @@ def write_marker(file: Path, said: Mapping[str, Any]) -> None:
 
 def _unmark(file: Path) -> None:
     marker_of(file).unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """The name of a file on its way, of this process alone: others may be at work on the same."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what killed processes left of a file; whoever may still be at work keeps its own."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(.+)\.(\d+)\.tmp")
+    for left in path.parent.glob(".*.tmp"):
+        if not (match := pattern.fullmatch(left.name)):
+            continue
+        host, pid = match.groups()
+        with suppress(FileNotFoundError):
+            is_old = time.time() - left.stat().st_mtime > _LEFT_AFTER_S
+            if is_old or (host == os.uname().nodename and not _is_running(int(pid))):
+                left.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
@@ -328,7 +370,7 @@ def _damage() -> Iterator[None]:
     """Turn what pyarrow says about a file that is none, or damaged, into one line."""
     try:
         yield
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # OSError, ValueError and more, by where the damage is
         reason = " ".join(str(error).split())

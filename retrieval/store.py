@@ -12,10 +12,10 @@ Shape legend: N vectors, D width.
 
 import json
 import re
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,16 +109,24 @@ class Store(Database):
         )
         return {path: FileState(*state) for path, *state in rows}
 
-    def segment_ids(self, where: Where | None = None) -> np.ndarray:
+    def segment_ids(self, where: Where | None = None, *, after: int = 0) -> np.ndarray:
         """Ids (N,) of the segments whose video's metadata are like that; int64, ascending.
 
-        where: see `conditions.where_sql`.
+        where: see `conditions.where_sql`. after: of all, only ids above it.
         """
+        if where is None:
+            return self._segment_ids("id > ?", [after])
         condition, parameters = where_sql(where)
-        if where and len(where) > 1:  # what the fewest videos have leads to the answer soonest
+        if len(where) > 1:  # what the fewest videos have leads to the answer soonest
             ordered = sorted(where.items(), key=lambda item: self._num_videos(*item))
             condition, parameters = where_sql(dict(ordered))
         return self._segment_ids(condition, parameters)
+
+    def num_videos(self, where: Where | None = None) -> int:
+        """Number of the videos whose metadata are like that; where: see `conditions.where_sql`."""
+        condition, parameters = where_sql(where)
+        videos = "(SELECT id AS video_id FROM videos)"
+        return int(self._rows(f"SELECT count(*) FROM {videos} WHERE {condition}", parameters)[0][0])
 
     def last_segment_id(self) -> int:
         """The highest id that any segment ever had; 0 if there never was one."""
@@ -185,25 +193,38 @@ class Store(Database):
 
     def metadata(self, video_id: int) -> dict[str, MetadataValue]:
         """A video's metadata, sorted by key."""
-        sql = "SELECT key, kind, value FROM metadata WHERE video_id = ? ORDER BY key"
-        rows = self._rows(sql, [video_id])
+        return self.metadata_of([video_id]).get(video_id, {})
+
+    def metadata_of(self, video_ids: Sequence[int]) -> dict[int, dict[str, MetadataValue]]:
+        """By video, the metadata of those of these videos that have any, sorted by key."""
+        rows = self._rows(
+            "SELECT video_id, key, kind, value FROM metadata "
+            "WHERE video_id IN (SELECT value FROM json_each(?)) ORDER BY key",
+            [json.dumps(video_ids)],
+        )
+        metadata: dict[int, dict[str, MetadataValue]] = {}
         try:
-            return {key: decode_metadata(kind, value) for key, kind, value in rows}
+            for video_id, key, kind, value in rows:
+                metadata.setdefault(video_id, {})[key] = decode_metadata(kind, value)
         except ValueError as error:
             raise damaged(self.folder, str(error)) from error
+        return metadata
 
     def texts(self) -> tuple[list[tuple[int, str]], np.ndarray]:
         """Every text with its id, ascending, and their vectors (N, D) float32."""
         with self.snapshot():
-            dim = self.dim
-            rows = self._rows(
-                "SELECT id, text, coalesce(vector, x'') FROM texts "
-                f"LEFT JOIN text_vectors_{self.space} ON text_id = id ORDER BY id"
-            )
-        if any(len(row[2]) != 4 * dim for row in rows):
-            raise damaged(self.folder, "a text's vector has the wrong size")
-        data = b"".join([row[2] for row in rows])
-        return [row[:2] for row in rows], np.frombuffer(data, "<f4").reshape(-1, dim)
+            return self._texts(after=0, most=-1)  # no limit, to SQLite
+
+    def text_blocks(self, *, rows: int) -> Iterator[tuple[list[tuple[int, str]], np.ndarray]]:
+        """What `texts` gives, so many at a time, of one revision."""
+        with self.snapshot():
+            last = 0
+            while True:
+                texts, vectors_ND = self._texts(after=last, most=rows)
+                if not texts:
+                    return
+                yield texts, vectors_ND
+                last = texts[-1][0]
 
     def known_texts(self, texts: Sequence[str]) -> set[str]:
         """Those of the texts that are stored."""
@@ -238,7 +259,7 @@ class Store(Database):
         """Store videos: all of them, or none if one is wrong.
 
         Replaces the segments of a video that is there under its path; metadata are merged.
-        ValueError for given ids that are in use.
+        ValueError for given ids that do not ascend, or not from above `last_segment_id`.
         """
         with self._transaction():
             space = self.space
@@ -252,20 +273,21 @@ class Store(Database):
                     [video.path, *_columns(video.state), video.duration_s, now()],
                 )
                 self._db.execute("DELETE FROM segments WHERE video_id = ?", [video_id])
-                num = len(video.segments)
-                ids = self._new_ids("segments", num) if video.ids is None else video.ids
-                try:
-                    self._db.executemany(
-                        "INSERT INTO segments (id, video_id, start_s, end_s) VALUES (?, ?, ?, ?)",
-                        [
-                            (id, video_id, start_s, end_s)
-                            for id, (start_s, end_s) in zip(ids, video.segments, strict=True)
-                        ],
-                    )
-                except sqlite3.IntegrityError as error:
+                new_ids = self._new_ids("segments", len(video.segments))
+                ids = new_ids if video.ids is None else video.ids
+                # searches look for what is new above the highest id they know
+                if any(id <= before for before, id in pairwise([new_ids.start - 1, *ids])):
                     raise ValueError(
-                        f"collection {self.name!r} has the segment ids of {video.path!r} in use"
-                    ) from error
+                        f"collection {self.name!r}: the segment ids of {video.path!r} do not "
+                        f"ascend from {new_ids.start}"
+                    )
+                self._db.executemany(
+                    "INSERT INTO segments (id, video_id, start_s, end_s) VALUES (?, ?, ?, ?)",
+                    [
+                        (id, video_id, start_s, end_s)
+                        for id, (start_s, end_s) in zip(ids, video.segments, strict=True)
+                    ],
+                )
                 self._put_vectors(f"vectors_{space}", ids, video.vectors_ND)
                 self._put_metadata(video_id, video.metadata)
 
@@ -283,6 +305,14 @@ class Store(Database):
         if FileState(*known) == state and encode_metadata(metadata).items() <= held.items():
             return
         self.move_video(path, path, state, metadata)
+
+    def fill_metadata(self, path: str, metadata: Mapping[str, MetadataValue]) -> None:
+        """Give a video the metadata whose keys it lacks, if there are any; what it has stays."""
+        [(video_id,)] = self._rows("SELECT id FROM videos WHERE path = ?", [path])
+        held = self.metadata(video_id)
+        if new := {key: value for key, value in metadata.items() if key not in held}:
+            with self._transaction():
+                self._put_metadata(video_id, new)
 
     def move_video(
         self,
@@ -366,6 +396,14 @@ class Store(Database):
                 [after.video_id if after else 0, after.id if after else 0, limit],
             )
         ]
+
+    def num_unstaged_videos(self) -> int:
+        """Number of videos of which `unstaged_segments` gives any segment."""
+        [(num,)] = self._rows(
+            "SELECT count(DISTINCT video_id) FROM segments WHERE NOT EXISTS "
+            f"(SELECT 1 FROM vectors_{self._staged_space()} WHERE segment_id = segments.id)"
+        )
+        return int(num)
 
     def unstaged_texts(self, limit: int) -> list[tuple[int, str]]:
         """Id and text of at most so many texts that the staged space has no vector of."""
@@ -476,6 +514,20 @@ class Store(Database):
                 vectors_ND[at:to] = np.frombuffer(data, "<f4").reshape(-1, dim)
                 at = to
         return ids_N[:at], vectors_ND[:at]
+
+    def _texts(self, *, after: int, most: int) -> tuple[list[tuple[int, str]], np.ndarray]:
+        """The first `most` texts with an id above one, for the present snapshot."""
+        dim = self.dim
+        rows = self._rows(
+            "SELECT id, text, coalesce(vector, x'') FROM texts "
+            f"LEFT JOIN text_vectors_{self.space} ON text_id = id "
+            "WHERE id > ? ORDER BY id LIMIT ?",
+            [after, most],
+        )
+        if any(len(row[2]) != 4 * dim for row in rows):
+            raise damaged(self.folder, "a text's vector has the wrong size")
+        data = b"".join([row[2] for row in rows])
+        return [row[:2] for row in rows], np.frombuffer(data, "<f4").reshape(-1, dim)
 
     def _new_ids(self, table: str, num: int) -> range:
         """Ids that no row of the table ever had, for the present transaction."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fluxclip import cli, load_model
+from fluxclip.cli.search import _where
 from fluxclip.text.encoder import load_encoder
 from retrieval import Collection, Query
 
@@ -145,6 +146,8 @@ def test_a_file_of_queries(collection: Path, tmp_path: Path) -> None:
     assert lines == alone
     done = fluxclip("search", collection, "--queries", file, "-k", 1)
     assert re.fullmatch(r"a cyclone:\n  1 .*\nthe moon:\n  1 .*\n", done.stdout)
+    budget = ("--token-budget", 9)
+    assert "token_budget is about" in refused("search", collection, "--queries", file, *budget)
     file.write_text("\n")
     assert "no query in" in refused("search", collection, "--queries", file)
     file.write_bytes(b"\xff\xfe\x00")
@@ -185,6 +188,31 @@ def test_conditions_thresholds_and_pages(
     assert "names 'a' twice" in refused(
         "search", own_collection, "a cat", "--where", "a=1", "--where", "a>1"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ("year>=2020", {"year": {"gte": 2020}}),
+        ("speaker exists", {"speaker": {"exists": True}}),
+        ("speaker  not exists", {"speaker": {"exists": False}}),
+        ('sign="=2020"', {"sign": "=2020"}),
+        ('"note" = <b', None),
+        ("year!=2020", None),
+        ("year==2020", None),
+        ("year=>2020", None),
+        ("year<>2020", None),
+        ("speaker not in a,b", None),
+    ],
+)
+def test_conditions_that_are_about_no_key_or_value_are_refused(
+    given: str, where: dict[str, object] | None
+) -> None:
+    if where is not None:
+        assert _where([given]) == where
+        return
+    with pytest.raises(ValueError, match="in, exists and not exists, got"):
+        _where([given])
 
 
 def test_merged_moments(tmp_path: Path, assets: Path) -> None:
@@ -269,7 +297,10 @@ def test_export_writes_the_text_tower_of_a_model(
 
 
 def test_adding_again_adds_nothing_and_removing_is_exact(own_collection: Path, few: Path) -> None:
-    again = json.loads(fluxclip("index", "add", own_collection, few, "--json").stdout)
+    (own_collection / "index.faiss").write_bytes(b"damaged")
+    done = fluxclip("index", "add", own_collection, few, "--json")
+    assert "making an index Flat of " in done.stderr and "takes about " in done.stderr
+    again = json.loads(done.stdout)
     nothing: dict[str, object] = {"moved": {}, "missing": [], "failed": {}}
     assert again == {"added": 0, "skipped": 7, "segments": 7, **nothing}
     one = sorted(few.glob("*.mp4"))[0]

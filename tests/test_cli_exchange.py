@@ -48,8 +48,10 @@ def test_shards_to_a_collection_to_files_to_a_collection(few: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["added"], report["skipped"], report["failed"]) == (4, 0, {})
+    (imported / "index.faiss").write_bytes(b"damaged")
     done = fluxclip("index", "import", imported, shards)
     assert "0 videos added, 4 skipped" in done.stdout
+    assert "making an index Flat of " in done.stderr
     assert [hit["metadata"] for hit in hits(imported)] == [{"camera": "north"}] * report["segments"]
 
     done = fluxclip("index", "export", imported, tmp_path / "exported")
@@ -77,7 +79,8 @@ def test_another_budget_and_what_stands_in_its_way(few: Path, tmp_path: Path) ->
     again = ["index", "re-embed", folder, "--model", "emoji-tiny", "--token-budget", 64]
     done = fluxclip(*again)
     assert done.returncode == 2
-    assert "2 videos re-embedded; emoji-tiny serves now" in done.stdout
+    assert "2 videos re-embedded; the old vectors of emoji-tiny serve" in done.stdout
+    assert "serves now" not in done.stdout
     for path, reason in ((gone, "No such file"), (broken, "add it again")):
         assert f"not re-embedded: {path}: " in done.stderr and reason in done.stderr
     assert "--drop-failed" in done.stderr
@@ -105,12 +108,14 @@ def test_mistakes_answer_in_one_line(few: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "shards").exists()
     assert "either --model or --abandon" in refused("index", "re-embed", folder)
     assert fluxclip(*embed, "--shard", "0/1").returncode == 0
-    line = refused("index", "import", folder, tmp_path / "shards", "--create")
-    assert "exists already" in line
+    assert "takes no .npz" in refused(*embed[:-1], tmp_path / "x.npz", "--shard", "0/1")
+    for added in (4, 0):  # stopped after it was made, the same command goes on
+        done = fluxclip("index", "import", folder, tmp_path / "shards", "--create")
+        assert done.returncode == 0 and f"{added} videos added" in done.stdout, done.stderr
     assert fluxclip("embed", few / "empty.mp4", *embed[2:], "--shard", "0/1").returncode == 2
     other = tmp_path / "other"
     fluxclip(*embed[:-1], other, "--shard", "0/1", "--window-s", 3)
-    line = refused("index", "import", folder, other)
+    line = refused("index", "import", folder, other, "--create")
     assert "import it into a collection of its own" in line
     assert "--model goes with --create" in refused(
         "index", "import", folder, other, "--model", "emoji-tiny"
@@ -119,10 +124,13 @@ def test_mistakes_answer_in_one_line(few: Path, tmp_path: Path) -> None:
 
 def test_the_job_array_script(few: Path, tmp_path: Path) -> None:
     """With a stand-in for srun, which runs the job's one task."""
-    (tmp_path / "srun").write_text('#!/usr/bin/env bash\nexec "$@"\n')
+    (tmp_path / "srun").write_text(
+        '#!/usr/bin/env bash\n[[ $1 == --cpus-per-task=8 ]] && exec "${@:2}"\n'
+    )
     (tmp_path / "srun").chmod(0o755)
     commands = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
     env = os.environ | {"PATH": os.pathsep.join(commands), "OMP_NUM_THREADS": "1"}
+    env["SLURM_CPUS_PER_TASK"] = "8"
     words = ["2", str(few), "--model", "emoji-tiny", "--output", str(tmp_path / "shards")]
 
     def submit(number: int | None, words: list[str]) -> "subprocess.Popen[str]":

@@ -80,6 +80,11 @@ def test_what_the_page_left_behind(place: Path, names: dict[str, Any]) -> None:
     assert all(hit.score >= 0.1 for hit in names["hits"])
     assert [len(names[name]) for name in ("first", "second")] == [3, 3]
     assert names["caption"].metadata["text"] in TEXT
+    num_videos = len(list((place / "videos").iterdir()))
+    assert (
+        names["imported"].added == names["exported"].videos == names["replaced"].done == num_videos
+    )
+    assert names["shard"].file.endswith("shard-00001-of-00002.parquet")
 
 
 def test_files_and_links_of_the_page_exist() -> None:

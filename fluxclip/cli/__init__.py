@@ -13,7 +13,7 @@ from fluxclip.cli import (
     chunk,
     convert,
     demo_doctor,
-    index_search,
+    index,
     models,
     search,
     shards,
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verbs in (
-    train_eval, models, convert, tokenizer, chunk, shards, index_search, search, demo_doctor
+    train_eval, models, convert, tokenizer, chunk, shards, index, search, demo_doctor
 ):  # fmt: skip
     app.add_typer(verbs.app)  # without a name: its verbs become verbs of `fluxclip`, in this order
 

@@ -1,5 +1,6 @@
 """The verbs that bring vectors into a collection, or out: index re-embed, import, export."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,8 @@ def re_embed(
              "model_name": name}
         )  # fmt: skip
     else:
-        print(f"{collection}: {report.done} videos re-embedded; {name} serves now")
+        serves = f"{name} serves now" if report.switched else f"the old vectors of {name} serve"
+        print(f"{collection}: {report.done} videos re-embedded; {serves}")
     list_failed("not re-embedded", report.failed)
     if not report.switched:
         say(
@@ -67,7 +69,8 @@ def import_(
         list[str], typer.Argument(help="Parquet files of embed --shard or index export; folders")
     ],
     create: Annotated[
-        bool, typer.Option("--create", help="make the collection first, as the files say")
+        bool,
+        typer.Option("--create", help="make the collection, as the files say, if it is not there"),
     ] = False,
     model: Annotated[
         str | None, typer.Option(help="with --create: where the model of these files is now")
@@ -79,10 +82,13 @@ def import_(
 
     if model is not None and not create:
         raise ValueError("--model goes with --create; a collection knows its model")
-    made = Collection.create_for(collection, files, model=model) if create else None
-    with made or Collection.open(collection) as opened, progress_bar("import") as advance:
+    if create and not os.path.lexists(collection):
+        into = Collection.create_for(collection, files, model=model)
+    else:  # with --create: of a call that was stopped
+        into = Collection.open(collection, model=model)
+    with into as opened, progress_bar("import") as advance:
         report = opened.import_shards(
-            files, progress=lambda done, total, path: advance(done, total)
+            files, progress=lambda done, total, path: advance(done, total), say=say
         )
         segments = len(opened)
     if json:

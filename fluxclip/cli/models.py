@@ -71,6 +71,8 @@ def _embed_shard(
     number, slash, num_shards = shard.partition("/")
     if not (number.isdecimal() and slash and num_shards.isdecimal()):
         raise ValueError(f"--shard takes i/N, as 0/16 or 15/16, got {shard!r}")
+    if folder.suffix == ".npz":
+        raise ValueError(f"--shard takes no .npz file: --output is a folder then, got {folder}")
     with progress_bar("embed") as advance:
         report = embed_shard(
             paths, folder, shard=(int(number), int(num_shards)), model=model,

@@ -23,7 +23,7 @@ _BOUNDS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
 _CONDITION = re.compile(
     r"(?P<key>.+?)(?:\s*(?P<sign>>=|<=|>|<|=)\s*|\s+(?P<word>in)\s+)(?P<value>.*)"
 )
-_EXISTS = re.compile(r"(?P<key>.+?)\s+exists\s*")
+_EXISTS = re.compile(r"(?P<key>.+?)(?P<no>\s+not)?\s+exists\s*")
 
 
 @app.command()
@@ -50,7 +50,7 @@ def search(
         list[str] | None,
         typer.Option(
             help="only videos with this metadata: key=value, 'key>=2020', 'key<5', 'key in a,b', "
-            "'key exists'; repeatable, all must hold"
+            "'key exists', 'key not exists'; repeatable, all must hold"
         ),
     ] = None,
     min_score: Annotated[float | None, typer.Option(help="only scores from here on")] = None,
@@ -87,7 +87,8 @@ def search(
             if text or video or image or plus or minus or csv or save_clips or thumbnails:
                 raise ValueError("--queries takes the place of any other query, and prints only")
             texts = _lines(queries)
-            for line, hits in zip(texts, opened.search_many(texts, **options), strict=True):
+            answers = opened.search_many(texts, token_budget=token_budget, **options)
+            for line, hits in zip(texts, answers, strict=True):
                 if json:
                     for hit in hits:
                         print_json({"query": line, **hit.to_dict()})
@@ -160,15 +161,22 @@ def _where(given: list[str]) -> dict[str, Any] | None:
 def _condition(line: str) -> tuple[str, Any]:
     if match := _CONDITION.fullmatch(line):
         key, value = match["key"].strip(), match["value"]
+        # "year!=2020" would be about a key "year!", "year==2020" about a text "=2020"
+        if key.endswith(("!", " not")) or value.startswith(("=", "<", ">")):
+            raise ValueError(
+                f"--where knows =, >, >=, <, <=, in, exists and not exists, got {line!r}; a text "
+                'that begins like these goes in quotes: key="=2020"'
+            )
         if match["word"]:
             return key, {"in": [read_value(part.strip()) for part in value.split(",")]}
         if match["sign"] == "=":
             return key, read_value(value)
         return key, {_BOUNDS[match["sign"]]: read_value(value)}
     if match := _EXISTS.fullmatch(line):
-        return match["key"], {"exists": True}
+        return match["key"].strip(), {"exists": not match["no"]}
     raise ValueError(
-        f"--where takes key=value, 'key>=2020', 'key in a,b' or 'key exists', got {line!r}"
+        "--where takes key=value, 'key>=2020', 'key in a,b', 'key exists' or 'key not exists', "
+        f"got {line!r}"
     )
 
 

@@ -200,10 +200,11 @@ def read_on(
         return
     with _open_video(path, decoder) as video:
         duration_s, last_s = video.info.duration_s, -math.inf
-        middles_s = np.arange(0.5, max(1.0, duration_s / step_s)) * step_s
-        middles_s = np.minimum(middles_s, np.nextafter(duration_s, 0))
-        for at in range(0, len(middles_s), FRAMES_AT_ONCE):
-            frames_THWC, times_s = video.read(middles_s[at : at + FRAMES_AT_ONCE], framing)
+        num_steps = math.ceil(max(1.0, duration_s / step_s) - 0.5)
+        for at in range(0, num_steps, FRAMES_AT_ONCE):
+            middles_s = (np.arange(at, min(at + FRAMES_AT_ONCE, num_steps)) + 0.5) * step_s
+            middles_s = np.minimum(middles_s, np.nextafter(duration_s, 0))
+            frames_THWC, times_s = video.read(middles_s, framing)
             is_new = np.diff(times_s, prepend=last_s) > 0
             last_s = times_s[-1]
             if is_new.any():

@@ -10,6 +10,10 @@ from typing import Any, Literal, get_args
 # A shot of less is no moment that anybody looks for: a flash, a fade, or a cut that was none.
 SHORTEST_SHOT_S = 0.5
 
+# What says that it is longer, or would be more pieces, is damaged: no list of them is made.
+LONGEST_S = 3_600_000.0  # 1,000 hours
+MOST_PIECES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -137,8 +141,19 @@ class Cutting:
     def segments(self, path: str | Path, duration_s: float) -> list[Segment]:
         """The pieces of a video of that length, in order, at least one; of a still [0, 0).
 
-        By shots, the video is read from end to end. Raises what `shots.cut_times_s` does.
+        By shots, the video is read from end to end. Raises VideoError for one that says it lasts
+        longer than `LONGEST_S` or would be more than `MOST_PIECES`, and what `shots.cut_times_s`
+        does.
         """
+        stride_s = self.window_s if self.stride_s is None else self.stride_s
+        if duration_s > LONGEST_S or duration_s / stride_s > MOST_PIECES:
+            from fluxclip.video.clip import VideoError  # imports NumPy
+
+            raise VideoError(
+                path,
+                f"says it lasts {duration_s:.0f} s, too long for pieces of {self.window_s:g} s, "
+                f"one every {stride_s:g} s (most are {LONGEST_S:.0f} s and {MOST_PIECES} pieces)",
+            )
         if self.cut == "windows" or duration_s == 0:
             return windows(duration_s, self.window_s, self.stride_s)
         from fluxclip.video.shots import cut_times_s  # imports the reader, and with it NumPy

@@ -11,9 +11,10 @@ as 8 bytes (little-endian), and 8 bytes that mark the end. FAISS reads only its 
 tools open the file too; and index, header and checksum are replaced in one step. FAISS itself loads
 many damaged files without complaint, so the checksum is computed at every load, but for large
 files: reading all of them would cost more than the search that one is loaded for. These are
-verified by `Collection.check`, and read back when they are written; what damage since then can do
-is to hide a segment, as every score that is shown comes from SQLite. That a file is whole, of this
-collection and of its history is verified always.
+verified by `Collection.check`, and read back when they are written. What damage since then can do
+to lists, codes and vectors is to hide a segment, as every score that is shown comes from SQLite; in
+what FAISS follows blindly, as the links of a graph, it can end or hang a search. That a file is
+whole, of this collection and of its history is verified always.
 
 A loaded index is mapped into memory, not read: it takes memory only as it is searched, shared by
 all processes that do. FAISS aborts or crashes when such an index is changed; nothing here does.
@@ -22,6 +23,7 @@ Shape legend: N vectors, Q queries, K results, D width.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,6 +40,8 @@ VERIFIED_BYTES = 256 << 20  # files up to this size are verified at every load, 
 # change recall by less than what is measured; all of a million would take ten minutes.
 TRAINING_VECTORS_PER_LIST = 40
 TRAINING_VECTORS = 65536  # at least, where there are as many
+
+_log = logging.getLogger(__name__)
 
 _MARK = b"FLUXIDX3"
 _CHUNK_BYTES = 1 << 20
@@ -64,6 +68,7 @@ class FaissIndex:
             self._flat = faiss.downcast_index(inner.refine_index)
         if not isinstance(self._flat, faiss.IndexFlat):
             raise ValueError("it does not hold the exact vectors")
+        self._is_damaged = False
         self._on_gpu: Any = None
         self._gpu_resources: Any = None
         self._trained = trained
@@ -147,7 +152,7 @@ class FaissIndex:
             faiss.ParameterSpace().set_index_parameter(self._approximate, name, effort)
 
     def search(self, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.is_exact:
+        if self.is_exact or self._is_damaged:
             return self.search_all(queries_QD, k)
         num = min(max(k * int(self._inner.k_factor), 2 * k + 16), len(self))
         searched = self._approximate
@@ -156,6 +161,13 @@ class FaissIndex:
         ids_QK = np.full((len(queries_QD), k), -1, np.int64)
         scores_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
         _, places_QK = searched.search(queries_QD, num)
+        if ((places_QK < -1) | (places_QK >= len(self))).any():
+            _log.warning(
+                "index.faiss is damaged, all vectors are compared one by one: "
+                "`fluxclip index check` mends it"
+            )
+            self._is_damaged = True
+            return self.search_all(queries_QD, k)
         for row, places_K in enumerate(places_QK):
             places_K = places_K[places_K >= 0]
             scores_K = self.vectors_ND[places_K] @ queries_QD[row]

@@ -3,7 +3,8 @@
     python tests/retrieval/readers_beside_writer.py [--seconds 60] [--readers 8] [--clips FOLDER]
 
 The writer adds and removes videos, rebuilds the index and replaces the model, at random. A reader
-searches, and in the same snapshot compares with every row that it holds. The same code runs in
+searches, and compares with every row that it holds: in the same snapshot, or, every other time, in
+those before and after, if at most one commit lies between. The same code runs in
 test_readers_beside_writer.py.
 """
 
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kill import CLIPS, MODELS
 
 from retrieval import Collection, Hit, cache
+from retrieval.store import SegmentRow
 
 KINDS = ("Flat", "HNSW8", "SQ8")
 MERGE_SEGMENTS = 30
@@ -32,7 +35,7 @@ NEWLY_OPENED = 20
 
 
 def run(folder: Path, *, seconds: float, num_readers: int, clips: Path) -> dict[str, Any]:
-    """What the processes counted, in all: "searches", "revisions" seen, "writes", and "wrong"."""
+    """What the processes counted, in all, see `read` and `write`; "wrong": what was."""
     with Collection.create(folder, model=next(iter(MODELS.values()))) as collection:
         collection.add(sorted(clips.glob("*.mp4"))[:40], metadata={"part": 0})
     command = [sys.executable, __file__, "--folder", str(folder), "--seconds", str(seconds)]
@@ -42,6 +45,7 @@ def run(folder: Path, *, seconds: float, num_readers: int, clips: Path) -> dict[
         for seed, name in enumerate(["write", *["read"] * num_readers])
     ]
     total: dict[str, Any] = {"searches": 0, "revisions": 0, "writes": 0, "wrong": []}
+    total["compared_without_snapshot"] = 0
     for process in processes:
         said, _ = process.communicate()
         if process.returncode:
@@ -86,7 +90,7 @@ def read(folder: Path, *, seconds: float, seed: int) -> dict[str, Any]:
     end_s = time.monotonic() + seconds
     wrong: list[str] = []
     revisions: set[int] = set()
-    searches = 0
+    searches = compared = 0
     collection = Collection.open(folder)
     while time.monotonic() < end_s:
         if rng.random() < 1 / NEWLY_OPENED:
@@ -95,23 +99,62 @@ def read(folder: Path, *, seconds: float, seed: int) -> dict[str, Any]:
         where = None if rng.random() < 0.5 else {"part": int(rng.integers(4))}
         k = int(rng.integers(1, 30))
         store = collection._store
-        with collection._cache.snapshot():  # what is searched inside is of the same one
-            revisions.add(store.revision()[0])
-            query_D = rng.normal(size=store.dim).astype(np.float32)
-            hits = collection.search(vector=query_D, k=k, where=where)
-            wrong += compare(collection, hits, query_D, k, where)
+        if searches % 2:
+            with collection._cache.snapshot():  # what is searched inside is of the same one
+                revisions.add(store.revision()[0])
+                query_D = rng.normal(size=store.dim).astype(np.float32)
+                hits = collection.search(vector=query_D, k=k, where=where)
+                wrong += compare(hits, query_D, k, State.of(collection, where))
+        else:
+            before = State.of(collection, where)
+            query_D = rng.normal(size=before.vectors_ND.shape[1]).astype(np.float32)
+            try:
+                hits = collection.search(vector=query_D, k=k, where=where)
+            except ValueError:
+                if State.of(collection, where).space == before.space:
+                    raise
+                continue  # the vector is of the model of before
+            after = State.of(collection, where)
+            if after.revision <= before.revision + 1 and after.space == before.space:
+                compared += 1
+                found = [compare(hits, query_D, k, state) for state in (before, after)]
+                wrong += min(found, key=len)
         searches += 1
     collection.close()
-    return {"searches": searches, "revisions": len(revisions), "wrong": wrong[:10]}
+    return {
+        "searches": searches,
+        "compared_without_snapshot": compared,
+        "revisions": len(revisions),
+        "wrong": wrong[:10],
+    }
 
 
-def compare(
-    collection: Collection, hits: Sequence[Hit], query_D: np.ndarray, k: int, where: Any
-) -> list[str]:
-    """How hits differ from a search through every row of the present snapshot."""
-    store = collection._store
-    ids_N, vectors_ND = store.vectors(store.segment_ids(where))
-    rows = store.segments(ids_N)
+@dataclass(frozen=True)
+class State:
+    """What a reader can find at one revision; is_exact: it finds the best ones."""
+
+    revision: int
+    space: int
+    ids_N: np.ndarray
+    vectors_ND: np.ndarray
+    rows: dict[int, SegmentRow]
+    is_exact: bool
+
+    @classmethod
+    def of(cls, collection: Collection, where: Any) -> "State":
+        store, base = collection._store, collection._cache._base
+        with store.snapshot():
+            ids_N, vectors_ND = store.vectors(store.segment_ids(where))
+            rows = store.segments(ids_N)
+            # the base in use may be of the kind that was wished before
+            is_flat = store.settings()["index"] == "Flat" and (base is None or base.is_exact)
+            is_exact = where is not None or is_flat
+            return cls(store.revision()[0], store.space, ids_N, vectors_ND, rows, is_exact)
+
+
+def compare(hits: Sequence[Hit], query_D: np.ndarray, k: int, state: State) -> list[str]:
+    """How hits differ from a search through every row of a state."""
+    ids_N, vectors_ND, rows = state.ids_N, state.vectors_ND, state.rows
     scores_N = vectors_ND.astype(np.float64) @ (query_D / np.linalg.norm(query_D))
     if len(rows) != len(ids_N):
         return ["a segment lacks its vector"]
@@ -122,9 +165,8 @@ def compare(
         return ["a hit is not stored, or has another score"]
     if any(rows[hit.id].video != hit.video for hit in hits):
         return ["a hit names another video"]
-    is_exact = where is not None or store.settings()["index"] == "Flat"
     best = np.sort(scores_N)[::-1][: len(hits)]
-    if is_exact and not np.allclose([hit.score for hit in hits], best, atol=1e-5):
+    if state.is_exact and not np.allclose([hit.score for hit in hits], best, atol=1e-5):
         return ["better ones than the hits are stored"]
     return []
 

@@ -377,9 +377,8 @@ def test_a_search_does_not_wait_for_a_long_merge(
     fill(cats, 60, seed=1)
     query_D = np.random.default_rng(2).normal(size=DIM)
     index = cats._store.folder / "index.faiss"
-    with caplog.at_level("INFO"):
-        for _ in range(3):
-            hits = cats.search(vector=query_D, k=5)
+    for _ in range(3):
+        hits = cats.search(vector=query_D, k=5)
     assert [(hit.id, hit.score) for hit in hits] == search_one_by_one(cats, query_D, 5, None, False)
     assert not index.exists() and caplog.text.count("its index is behind") == 1
     cats.remove(id=1)  # a writer does
@@ -415,6 +414,109 @@ def test_an_index_that_does_not_fit_into_memory_is_refused(
         cats.rebuild("IVF4,SQ8")
     assert "\n" not in str(error.value) and cats.info()["index"] == "Flat"
     assert (cats._store.folder / "index.faiss").read_bytes() == before
+
+
+def test_limits_beside_another_index_are_of_a_kill_and_forgotten(cats: Collection) -> None:
+    """Settings were once written one by one."""
+    fill(cats, 300, seed=1)
+    cats._store.set_settings({"index": "Flat", "latency_ms": 20.0})
+    cats.search(vector=np.eye(DIM)[0])
+    cats.rebuild()
+    assert cats.info()["index_file"]["kind"] == "Flat" and cats.check().problems == ()
+
+
+def test_a_rebuild_changes_its_settings_in_one_step(
+    cats: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cats, 300, seed=1)
+    cats.rebuild(latency_ms=20)
+    put_setting = cats._store._put_setting
+
+    def killed(key: str, value: object) -> None:
+        if key != "index":
+            raise KeyboardInterrupt
+        put_setting(key, value)
+
+    monkeypatch.setattr(cats._store, "_put_setting", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cats.rebuild("Flat")
+    info = Collection.open(cats._store.folder).info()
+    assert (info["index"], info["latency_ms"]) == ("auto", 20)
+
+
+def test_a_rebuild_that_fails_leaves_the_index_and_the_wish(
+    cats: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(cats, 400, seed=1)
+    cats.rebuild("Flat")
+    index = cats._store.folder / "index.faiss"
+    before = index.read_bytes()
+    index.with_name("index.faiss.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="cannot write"):
+        cats.rebuild("IVF4,SQ8")
+    assert index.read_bytes() == before
+    again = Collection.open(cats._store.folder)
+    with again._cache.snapshot():
+        assert len(again._cache._base or ()) == 400 and not len(again._cache._newer_N)
+    assert again.info()["index"] == "Flat" and again.check().fixed == ()
+    assert not caplog.records
+
+
+def test_an_index_of_another_kind_than_is_wished_is_used(cats: Collection) -> None:
+    """As a kill between the file and the settings leaves it; what comes is merged as wished."""
+    fill(cats, 400, seed=1)
+    cats.rebuild("SQ8")
+    cats._store.set_settings({"index": "Flat"})
+    again = Collection.open(cats._store.folder)
+    with again._cache.snapshot():
+        assert len(again._cache._base or ()) == 400
+    assert again.check().fixed == ()
+
+
+def test_limits_that_are_not_given_are_kept(cats: Collection) -> None:
+    fill(cats, 300, seed=1)
+    cats.rebuild(latency_ms=20)
+    cats.rebuild(memory_limit=10**9)
+    info = cats.info()
+    assert (info["index"], info["latency_ms"], info["memory_limit"]) == ("auto", 20, 10**9)
+    cats.rebuild("SQ8")
+    with pytest.raises(ValueError, match="latency_ms is for .* give index=.auto.") as error:
+        cats.rebuild(latency_ms=20)
+    assert "\n" not in str(error.value) and cats.info()["index"] == "SQ8"
+    cats.rebuild("auto", latency_ms=20)
+    assert (cats.info()["latency_ms"], cats.info()["memory_limit"]) == (20, None)
+
+
+@pytest.mark.parametrize("held", [0, 25, 10**6])
+def test_what_does_not_fit_beside_the_base_is_read_by_each_search(
+    cats: Collection, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_ROWS_AT_ONCE", 16)
+    room = held * 4 * DIM / cache.NEWER_SHARE
+    monkeypatch.setattr(cache, "physical_memory", lambda: room)
+    rng = np.random.default_rng(0)
+    for number in range(12):  # at 4 it has a base
+        put(cats, f"/{number}.mp4", 8, rng)
+        if number == 4:
+            cats.rebuild("Flat")
+        if number > 6:
+            cats._store.remove_segments([int(rng.choice(cats._store.segment_ids()))])
+        for camera, group in ((None, False), (1, False), (None, True)):
+            query_D = rng.normal(size=DIM)
+            hits = cats.search(
+                vector=query_D,
+                k=7,
+                where=None if camera is None else {"camera": camera},
+                group_by="video" if group else None,
+            )
+            expected = search_one_by_one(cats, query_D, 7, camera, group)
+            assert [(hit.id, hit.score) for hit in hits] == expected
+        assert len(cats._cache._newer_ND) <= held
+        with cats._cache.snapshot():
+            held_N = cats._cache.segment_ids_N.tolist()
+        assert held_N == cats._store.segment_ids().tolist()
+    assert (len(cats._cache._newer_ND) == len(cats._cache._newer_N)) == (held == 10**6)
+    assert cats.check().fixed == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)

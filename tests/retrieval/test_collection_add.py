@@ -20,7 +20,7 @@ from PIL import Image
 
 from fluxclip.video import Clip, chunk_writer, probe, read_clip, windows
 from fluxclip.video.chunks import Settings
-from retrieval import Collection, ingest
+from retrieval import Collection, cache, ingest
 from retrieval.schema import DATABASE
 
 
@@ -251,6 +251,25 @@ def test_files_that_are_gone_are_reported_and_removed_when_asked(
     assert len(cats) == 7
 
 
+def test_what_was_on_a_disk_that_is_not_mounted_is_not_missing(
+    cats: Collection, clips: list[Path], tmp_path: Path
+) -> None:
+    videos, disk = tmp_path / "videos", tmp_path / "disk"
+    for i, folder in enumerate((videos / "local", videos / "mounted", disk)):
+        folder.mkdir(parents=True)
+        for j in range(2):
+            shutil.copy(clips[2 * i + j], folder / f"{j}.mp4")
+    (videos / "linked").symlink_to(disk)
+    cats.add(videos)
+    assert len(cats) == 6
+    shutil.rmtree(disk)
+    for path in (*(videos / "mounted").iterdir(), videos / "local" / "1.mp4"):
+        path.unlink()
+    report = cats.add(videos, prune=True)
+    assert report.missing == (str(videos / "local" / "1.mp4"),)
+    assert len(cats) == 5 and len(cats.check().missing_files) == 4
+
+
 def test_unreadable_change_keeps_what_was_stored(
     cats: Collection, clips: list[Path], tmp_path: Path
 ) -> None:
@@ -432,6 +451,45 @@ def test_kill_leaves_whole_videos_and_adding_again_completes(
         assert (report.added, report.skipped) == (2, 1)
         assert _paths(collection) == files
         assert [len(_segments(collection, path)) for path in clips[:3]] == num_windows
+
+
+def test_an_index_that_a_kill_left_unmade_is_made_by_adding_nothing_new(
+    cats: Collection, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "MERGE_SEGMENTS", 5)
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(cats._cache, "rebuild", killed)
+        cats.add(clips[:8])
+    index = cats._store.folder / "index.faiss"
+    assert not index.exists()
+    said: list[str] = []
+    with Collection.open(cats._store.folder, model=cats.model) as again:
+        num = len(again)
+        report = again.add(clips[:num], say=said.append)
+    assert (report.added, report.skipped) == (0, num)
+    assert index.exists() and len(said) == 2
+    assert f"making an index Flat of {num} segments takes about " in said[0]
+
+
+def test_a_long_add_makes_the_index_whenever_there_is_twice_as_much(
+    many_windows: Collection, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that readers, and who goes on after a kill, have most of it in the index."""
+    monkeypatch.setattr(cache, "MERGE_SEGMENTS", 5)
+    said: list[str] = []
+    beside = []
+
+    def progress(done: int, total: int, path: str) -> None:
+        made = many_windows.info()["index_file"] or {"segments": 0}
+        beside.append((len(many_windows) - made["segments"], made["segments"]))
+
+    many_windows.add(clips, progress=progress, say=said.append)
+    longest = 10  # windows of one clip, at most
+    assert all(newer <= max(5, merged) + longest for newer, merged in beside)
+    assert len({merged for _, merged in beside}) > 2 and len(said) <= 2 * 8
 
 
 def test_a_disk_that_fills_up_keeps_what_is_committed(cats: Collection, clips: list[Path]) -> None:

@@ -170,10 +170,14 @@ def test_a_list_is_removed_in_one_step_or_not_at_all(filled: Collection, clips: 
     for what, named in (
         ({"video": [clips[0], "/no/where.mp4", "/nor/here.mp4"]}, "video '/no/where.mp4', nor 1"),
         ({"id": [1, 99]}, "segment 99"),
+        ({"id": [1, 2**70]}, f"segment {2**70}"),
         ({"text": ["a dog"]}, "text 'a dog'"),
     ):
         with pytest.raises(ValueError, match=f"'cats' holds no {named}"):
             filled.remove(**what)  # type: ignore[arg-type]
+    for id in ("12", [3.7], ["1"], 3.0, {}.get):
+        with pytest.raises(ValueError, match="an id is a whole number, got"):
+            filled.remove(id=id)  # type: ignore[arg-type]
     assert filled._store.revision()[0] == before and len(filled) == 12
     assert filled.remove(video=[clips[0], str(clips[1])]) == 2
     assert filled.remove(id=[3, 5, 12]) == 3
@@ -272,6 +276,13 @@ def test_check_removes_what_a_kill_left(filled: Collection) -> None:
     assert len(fixed) == 2 and all("a killed process left it" in line for line in fixed)
     assert filled.check().fixed == () and (folder / "index.faiss").read_bytes() == whole
     assert not list(folder.glob("*.tmp")) and not list(folder.parent.glob(".*"))
+
+
+def test_check_says_what_is_wrong_with_the_settings_of_the_index(filled: Collection) -> None:
+    filled._store.set_settings({"memory_limit": -1})
+    (filled._store.folder / "index.faiss").write_bytes(b"junk")
+    [problem] = filled.check().problems
+    assert "cannot be mended: memory_limit must be more than 0" in problem
 
 
 def test_check_says_what_it_cannot_mend(filled: Collection) -> None:

@@ -1,6 +1,7 @@
 """Searching: exact against NumPy for every kind of query and filter, and clear refusals."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,6 +17,7 @@ from layout_embedder import LayoutEmbedder
 import retrieval
 from fluxclip.video import read_clip
 from retrieval import Collection, Hit, Query
+from retrieval.store import Store
 
 CAMERAS = ("north", "south", "east")
 
@@ -107,6 +109,45 @@ def test_grouping_looks_as_far_as_it_must(cats: Collection, clips: list[Path]) -
     hits = cats.search(vector=query, k=3, group_by="video")
     assert hits[0].video == "/film.mp4" and hits[0].start_s == 0
     assert len({hit.video for hit in hits}) == 3
+
+
+def test_few_long_videos_are_searched_quickly_and_read_once(
+    cats: Collection, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cats.add(clips[:1])
+    [state] = cats._store.files().values()
+    numbers = np.random.default_rng(5)
+    vectors = numbers.normal(size=(15_000, cats.info()["dim"])).astype(np.float32)
+    vectors[:6000] = vectors[0]  # black frames
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    windows = [(2.0 * i, 2.0 * i + 1) for i in range(len(vectors))]
+    cats._store.put_video("/film.mp4", state, 30_000.0, windows, vectors)
+    num = len(cats)
+    cats.search(vector=vectors[0])
+    read: list[int] = []
+    read_vectors = Store.vectors
+
+    def noted(store: Store, ids: Any = None, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        read.append(len(ids))
+        return read_vectors(store, ids, **options)
+
+    monkeypatch.setattr(Store, "vectors", noted)
+    hits = cats.search(vector=vectors[0], group_by="video")
+    assert len(hits) == 2 and sum(read) <= num and max(read) <= 4096
+    read.clear()
+    assert cats.search(vector=vectors[14_999], k=1, group_by="video")[0].start_s == windows[-1][0]
+    assert sum(read) < 100
+    read.clear()
+    assert [hit.id for hit in cats.search(vector=vectors[0])] == list(range(2, 12))
+    assert sum(read) <= num and max(read) <= 4096
+    read.clear()
+    start_s = time.process_time()
+    hits = cats.search(vector=vectors[0], group_by="video", merge_gap_s=0)
+    assert len(hits) == 2 and (hits[0].start_s, hits[0].end_s) == windows[0]
+    assert sum(read) == num and max(read) <= 4096
+    [hit] = cats.search(vector=vectors[0], merge_gap_s=1, min_score=0.9999)
+    assert (hit.start_s, hit.end_s) == (0.0, 11_999.0)
+    assert time.process_time() - start_s < 5  # compared with each other they would take 15 s
 
 
 def test_equal_scores_come_by_id(cats: Collection, clips: list[Path]) -> None:
@@ -393,6 +434,11 @@ def test_texts_in_pages_and_above_a_score(cats: Collection) -> None:
     assert cats.search("number 5 again", target="text", k=1)[0].id == 3001
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers(gallery: Collection) -> None:
+    hits = gallery.search("a dog", k=np.int64(3), offset=np.uint8(2))  # type: ignore[arg-type]
+    assert hits == gallery.search("a dog", k=3, offset=2)
+
+
 @pytest.mark.parametrize("k", [0, -1, 2.5, True, "3", None])
 def test_bad_k(gallery: Collection, k: object) -> None:
     with pytest.raises(ValueError, match="k must be a whole number, 1 or more; got"):
@@ -430,6 +476,11 @@ def test_bad_options(gallery: Collection) -> None:
         gallery.search("a", target="text", where={"camera": "north"})
     with pytest.raises(ValueError, match="where 'camera': for one of several values"):
         gallery.search("a", where={"camera": ["north"]})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="where is of keys"):
+        gallery.search("a", where=["camera"])  # type: ignore[arg-type]
+    for query in (Path("a.mp4"), 3):
+        with pytest.raises(ValueError, match="a query is a text, a Query"):
+            gallery.search_many([query])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="cannot go with target"):
         gallery.search("a", target="text", merge_gap_s=0)
     for value in (-1, 1.5, True, None):

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from layout_embedder import LayoutEmbedder
 
-from retrieval import Collection, Hit, embed_shard, exchange, shard_file
-from retrieval.exchange import ShardReport, shard_of
+from retrieval import Collection, Hit, ShardReport, embed_shard, exchange, shard_file
+from retrieval.exchange import shard_of
 from retrieval.shard_file import marker_of
+from retrieval.store import VideoRow
 
 WINDOW_S = 0.8
 SHARDS = 3
@@ -140,6 +142,78 @@ def test_unreadable_files_are_noted_and_tried_again_without_the_marker(
             embed_shard(files, tmp_path / "shards", shard=shard, model=embedder)
 
 
+def test_what_cannot_be_looked_into_leaves_finished_shards_alone(
+    tmp_path: Path, embedder: LayoutEmbedder, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sub = files / "sub"
+    sub.mkdir()
+    shutil.copy(min(files.glob("*.mp4")), sub / "one.mp4")
+    folder = tmp_path / "shards"
+    embed(files, folder, embedder)
+    states = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    def all_refuse(said: str, given: Any = files) -> None:
+        for number in range(SHARDS):
+            with pytest.raises(OSError, match=said):
+                embed_shard(
+                    given, folder, shard=(number, SHARDS), model=embedder, window_s=WINDOW_S,
+                    metadata={"camera": "north", "year": 2024},
+                )  # fmt: skip
+        assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == states
+
+    scandir = os.scandir
+
+    def fail(path: Any) -> Any:  # root may look into every folder
+        if str(path) == str(sub):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        all_refuse(f"{sub}: Permission denied; no shard is made without it")
+    files.rename(tmp_path / "away")
+    all_refuse(f"{files}: No such file")
+    (tmp_path / "empty").mkdir()
+    all_refuse("empty: no video or image in it", [tmp_path / "away", tmp_path / "empty"])
+
+
+def test_a_file_on_its_way_is_left_to_whoever_may_be_at_work_on_it(
+    tmp_path: Path, embedder: LayoutEmbedder, files: Path
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here, shard = os.uname().nodename, ".shard-00000-of-00001.parquet"
+    kept = {f"{shard}.{here}.{os.getppid()}.tmp", f"{shard}.other.host.1.tmp", f"{shard}.mine.tmp"}
+    left = {
+        f"{shard}.{here}.{ended.pid}.tmp",
+        f"{shard}.other.host.2.tmp",
+        f"._shard-00000-of-00001.done.{here}.{ended.pid}.tmp",
+    }
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in kept | left:
+        (folder / name).touch()
+    os.utime(folder / f"{shard}.other.host.2.tmp", ns=(0, 0))
+    embed_shard(files, folder, shard=(0, 1), model=embedder)
+    assert {path.name for path in folder.glob(".*")} == kept
+
+
+def test_a_shard_that_is_replaced_meanwhile_is_not_read_as_what_it_was(
+    tmp_path: Path, embedder: LayoutEmbedder, files: Path
+) -> None:
+    report = embed_shard(files, tmp_path / "s", shard=(0, 1), model=embedder)
+    opened = shard_file.ShardFile(Path(report.file))
+    other = LayoutEmbedder(contrast=0.5)  # of the same width
+    embed_shard(files, tmp_path / "s", shard=(0, 1), model=other)
+    with pytest.raises(shard_file.DamagedError, match="replaced meanwhile: import again"):
+        next(opened.videos())
+
+
+def test_too_little_memory_is_no_damage() -> None:
+    with pytest.raises(MemoryError), shard_file._damage():
+        raise MemoryError
+
+
 def test_a_killed_job_leaves_no_shard(
     tmp_path: Path, embedder: LayoutEmbedder, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +234,9 @@ def test_a_killed_job_leaves_no_shard(
     with create(tmp_path / "c", embedder) as collection:
         with pytest.raises(ValueError, match=r"no file that ends in \.parquet"):
             collection.import_shards(folder)
-        left.rename(folder / left.name.replace(".tmp", ".other.tmp"))  # of another process
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        left.rename(folder / left.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
         embed(files, folder, embedder)
         assert not list(folder.glob(".*"))
         assert collection.import_shards(folder).added == 9
@@ -232,6 +308,89 @@ def test_changed_videos_replace_what_was_there(
             for path in (one, two)
         ]
         assert spans[0] == spans[1]
+
+
+def test_what_is_held_wins_over_older_shards(
+    tmp_path: Path, embedder: LayoutEmbedder, files: Path
+) -> None:
+    one, two, *_ = sorted(files.glob("*.mp4"))
+    embed(files, tmp_path / "shards", embedder)
+    with create(tmp_path / "c", embedder) as collection:
+        shutil.copy(two, one)  # content and time are later than the shards
+        os.utime(two)
+        collection.add([one, two], metadata={"camera": "south"})
+        held, before = collection._store.files(), answers(collection)
+        report = collection.import_shards(tmp_path / "shards")
+        assert (report.added, report.skipped) == (7, 2)
+        assert held.items() <= collection._store.files().items()
+        found = {hit.id: hit for hit in answers(collection)}
+        # what was held is there as it was, with the keys it lacked if it is the same content
+        for hit in before:
+            year = {} if hit.video == str(one) else {"year": 2024}
+            assert found[hit.id].metadata == {"camera": "south", **year}
+        revision = collection._store.revision()
+        collection.import_shards(tmp_path / "shards")
+        assert collection._store.revision() == revision
+
+
+def test_shards_of_two_arrays_in_a_folder_are_refused(
+    tmp_path: Path, embedder: LayoutEmbedder, files: Path
+) -> None:
+    embed(files, tmp_path / "s", embedder)
+    report = embed_shard(files, tmp_path / "s", shard=(0, 1), model=embedder, window_s=WINDOW_S)
+    with create(tmp_path / "c", embedder) as collection:
+        with pytest.raises(ValueError, match="shards of arrays of 1 and of 3: remove"):
+            collection.import_shards(tmp_path / "s")
+        assert collection.import_shards(report.file).added == 9
+
+
+def test_files_made_in_two_ways_make_no_collection(
+    tmp_path: Path, embedder: LayoutEmbedder, files: Path
+) -> None:
+    for name, window_s in (("a", 1.0), ("b", 2.0)):
+        embed_shard(files, tmp_path / name, shard=(0, 1), model=embedder, window_s=window_s)
+    with pytest.raises(ValueError, match="into collections of their own"):
+        Collection.create_for(tmp_path / "c", [tmp_path / "a", tmp_path / "b"], model=embedder)
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_export_removes_only_what_is_left_of_its_own_name(
+    tmp_path: Path, added: Collection
+) -> None:
+    for name in (".e.123.unfinished", ".e.2.123.unfinished", ".e.x.unfinished"):
+        (tmp_path / name).mkdir()
+    added.export_shards(tmp_path / "e")
+    left = {path.name for path in tmp_path.glob(".*")}
+    assert left == {".e.2.123.unfinished", ".e.x.unfinished"}
+
+
+def test_texts_go_out_in_blocks(
+    tmp_path: Path, added: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(shard_file, "ROWS_PER_GROUP", 3)
+    added.add_texts([f"text {number}" for number in range(7)])
+    assert added.export_shards(tmp_path / "e").texts == 7
+    assert pq.read_metadata(tmp_path / "e" / exchange.TEXTS).num_row_groups == 3
+    blocks = list(added._store.text_blocks(rows=3))
+    texts, vectors_ND = added._store.texts()
+    assert [row for rows, _ in blocks for row in rows] == texts
+    np.testing.assert_array_equal(np.concatenate([vectors for _, vectors in blocks]), vectors_ND)
+
+
+def test_ids_that_do_not_ascend_are_damage(
+    tmp_path: Path, added: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_file, "ROWS_PER_GROUP", 8)  # read by two rows
+    settings = added._store.settings()
+    [state, *_] = added._store.files().values()
+    _, vectors_ND = added._store.vectors()
+    spans = [(float(i), float(i + 1)) for i in range(4)]
+    video = VideoRow("/a.mp4", state, 4.0, spans, vectors_ND[:4], ids=[5, 6, 3, 4])
+    with shard_file.ShardWriter(tmp_path / "a.parquet", settings) as file:
+        file.add(video)
+    with pytest.raises(shard_file.DamagedError, match="'/a.mp4': the ids of its segments do not"):
+        list(shard_file.ShardFile(tmp_path / "a.parquet").videos())
 
 
 def test_other_models_budgets_and_cuts_are_refused_in_one_line(

@@ -199,6 +199,46 @@ def test_a_large_file_is_read_whole_only_to_verify_it(
         FaissIndex.load(path)
 
 
+def test_damaged_lists_of_a_large_file_cost_no_answer(
+    tmp_path: Path,
+    ids_N: np.ndarray,
+    vectors_ND: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The places that its lists hold, every one of them at some time, lead outside."""
+    path = tmp_path / "index.faiss"
+    whole = _build(ids_N, vectors_ND, factory="IVF4,SQ8")
+    whole.save(path, {})
+    data = path.read_bytes()
+    lists = faiss.extract_index_ivf(whole._approximate).invlists
+    monkeypatch.setattr(faiss_index, "VERIFIED_BYTES", 0)
+    num_damaged = 0
+    for number in range(4):
+        size = lists.list_size(number)
+        of_list = faiss.rev_swig_ptr(lists.get_ids(number), size).tobytes()
+        assert data.count(of_list) == 1
+        for byte in (1, 3, 7):  # of each place; the last makes it negative
+            damaged = bytearray(data)
+            for at in range(data.index(of_list), data.index(of_list) + 8 * size, 8):
+                damaged[at + byte] ^= 0xF0
+            path.unlink()
+            path.write_bytes(damaged)
+            index, _ = FaissIndex.load(path)
+            caplog.clear()
+            for query_D in vectors_ND[:20]:
+                ids_QK, scores_QK = index.search(query_D[None], 7)
+                assert set(ids_QK[0]) <= {*ids_N, -1} and (np.diff(scores_QK[0]) <= 0).all()
+                if index._is_damaged:
+                    expected = _brute_force(ids_N, vectors_ND, query_D[None], 7)
+                    np.testing.assert_array_equal(ids_QK, expected)
+            num_damaged += index._is_damaged
+            said = [record.getMessage() for record in caplog.records]
+            assert len(said) == index._is_damaged
+            assert all("`fluxclip index check` mends it" in line for line in said)
+    assert num_damaged >= 8
+
+
 def test_a_loaded_index_is_mapped_and_outlives_its_file(tmp_path: Path) -> None:
     path, vectors = tmp_path / "index.faiss", _unit_vectors(40_000)
     _build(np.arange(40_000), vectors).save(path, {})

@@ -153,6 +153,17 @@ def test_what_is_gone_is_said_in_a_line_and_stops_no_other(
         assert all(len(reason.splitlines()) == 1 for reason in failed.values())
 
 
+def test_a_folder_that_cannot_be_entered_stops_no_other_hit(film: Path, tmp_path: Path) -> None:
+    # a name that is too long is such an error for root too
+    closed = Hit(3, f"/{'x' * 300}/a.mp4", 0.0, 5.0, 0.3)
+    shown = Hit(5, str(film), 0.0, 0.2, 0.5)
+    for what in ("clips", "thumbnails"):
+        failed = save_all([closed, shown], tmp_path / what, what=what)
+        [reason] = failed.values()
+        assert reason == f"{closed.video}: cannot be opened (File name too long)"
+        assert len(list((tmp_path / what).iterdir())) == 1
+
+
 def test_names_are_safe_and_tell_all_hits_apart(tmp_path: Path) -> None:
     videos = [
         "/a/clip.mp4",

@@ -60,6 +60,30 @@ def test_by_default_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatc
     assert Wish().kind(50_000, 512) == "IVF1024,SQ8"
 
 
+@pytest.mark.parametrize(
+    ("group", "limits"),
+    [
+        ("0::/job/step", {"/sys/fs/cgroup/job/memory.max": "7", "/sys/fs/cgroup/memory.max": "9"}),
+        ("0::/", {"/sys/fs/cgroup/memory.max": "7"}),
+        (
+            "4:cpu,memory:/uid/job",
+            {
+                "/sys/fs/cgroup/memory/uid/job/memory.limit_in_bytes": "7",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+            },
+        ),
+    ],
+)
+def test_memory_is_that_of_the_job(
+    monkeypatch: pytest.MonkeyPatch, group: str, limits: dict[str, str]
+) -> None:
+    """Limits of this group and those above, of both versions of control groups."""
+    files = {"/proc/self/cgroup": f"2:cpuset:/\n{group}", **limits}
+    files["/sys/fs/cgroup/job/step/memory.max"] = "max"
+    monkeypatch.setattr(index_choice, "_lines", lambda path: files.get(path, "").splitlines())
+    assert index_choice.physical_memory() == 7
+
+
 def test_a_given_kind_is_kept_and_limits_are_for_auto() -> None:
     assert Wish("HNSW32").kind(10**8, 512) == "HNSW32"
     with pytest.raises(ValueError, match="memory_limit is for the index"):
@@ -69,6 +93,7 @@ def test_a_given_kind_is_kept_and_limits_are_for_auto() -> None:
             Wish(latency_ms=wrong)
     wish = Wish("auto", 10**9, 20.0)
     assert Wish.of(wish.settings()) == wish and Wish.of({"index": "Flat"}) == Wish("Flat")
+    assert Wish.of({"index": "Flat", "latency_ms": 20}) == Wish("Flat")
 
 
 @pytest.mark.parametrize("factory", ["IVF64,SQ8", "IVF64,PQ4np", "HNSW8", "SQ4", "PQ8np"])
@@ -122,6 +147,12 @@ def test_without_queries_nothing_is_claimed() -> None:
         "candidates": 1,
         "recall": {},
     }
+
+
+def test_limits_are_numbers() -> None:
+    for value in ("4GB", True, float("nan"), 0):
+        with pytest.raises(ValueError, match="memory_limit must be more than 0"):
+            Wish(memory_limit=value)  # type: ignore[arg-type]
 
 
 def test_queries_of_ones_own_are_checked() -> None:

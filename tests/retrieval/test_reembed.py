@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from layout_embedder import LayoutEmbedder
 
-from retrieval import Collection, Hit, reembed
+from retrieval import Collection, Hit, ReEmbedReport, reembed
 
 QUERY = "query.mp4"
 WINDOW_S = 0.8
@@ -152,7 +152,7 @@ def test_only_the_vectors_of_the_serving_space_stay(
     assert tables() == ["text_vectors_2", "vectors_2"]
     collection.re_embed(old)
     assert tables() == ["text_vectors_3", "vectors_3"]
-    assert collection.re_embed(old) == reembed.ReEmbedReport(0)
+    assert collection.re_embed(old) == ReEmbedReport(0)
 
 
 def test_interrupted_it_goes_on(
@@ -275,6 +275,53 @@ def test_files_that_are_gone_changed_or_broken_stop_the_switch(
     found = {hit.id for hit in collection.search(vector=np.ones(12), k=200)}
     assert found == {hit.id for hit in before if hit.video not in report.failed}
     assert collection.check().problems == ()
+
+
+def test_only_files_that_are_to_blame_are_dropped(
+    collection: Collection, new: Watched, files: Path, tmp_path: Path
+) -> None:
+    other, away = tmp_path / "other", tmp_path / "away"
+    other.mkdir()
+    shutil.copy(files / QUERY, other)
+    collection.add(other)
+    before = collection.search(vector=np.ones(48), k=200)
+
+    def refused(said: str) -> None:
+        with pytest.raises(ValueError, match=said) as error:
+            collection.re_embed(new, drop_failed=True)
+        assert "\n" not in str(error.value)
+        assert collection.search(vector=np.ones(48), k=200) == before
+
+    other.rename(away)  # as by a disk that is not mounted: without its folder, or an empty one
+    refused(r"query\.mp4: the folder is not there, empty .* is the disk mounted")
+    other.mkdir()
+    refused("is the disk mounted")
+    collection.abandon_re_embed()
+    files.rename(tmp_path / "files-away")
+    refused(r"not one video of collection 'c' could be read .* and 9 more.* disk mounted")
+    (tmp_path / "files-away").rename(files)
+    (other / "another.mp4").touch()  # the folder is in use: the file is gone
+    report = collection.re_embed(new, drop_failed=True)
+    assert report.switched and list(report.failed) == [str(other / QUERY)]
+
+
+def test_a_model_that_gives_no_vector_drops_nothing(collection: Collection, files: Path) -> None:
+    class Broken(LayoutEmbedder):
+        length = 1.0
+
+        def embed_video(self, videos: Sequence, *, token_budget: int | None = None) -> np.ndarray:  # type: ignore[type-arg]
+            vectors_ND = super().embed_video(videos, token_budget=token_budget)
+            vectors_ND[0] *= self.length
+            return vectors_ND
+
+    min(files.glob("*.mp4")).unlink()
+    before = collection.search(vector=np.ones(48), k=200)
+    model = Broken(contrast=0.5)
+    for model.length, said in ((np.nan, "not finite"), (0.5, "of length 0.5")):
+        with pytest.raises(ValueError, match=f"{said}.*not the fault of a file"):
+            collection.re_embed(model, drop_failed=True)
+        assert collection.search(vector=np.ones(48), k=200) == before
+        collection.abandon_re_embed()
 
 
 def test_a_collection_with_index_and_text_tower(

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -51,6 +52,15 @@ def test_create_makes_the_folder_in_one_step(tmp_path: Path) -> None:
     with pytest.raises(TypeError):  # what JSON cannot hold
         Store.create(tmp_path / "a" / "dogs", {"dim": object()})
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["cats"]
+
+
+def test_the_unfinished_folder_of_another_machine_stays(tmp_path: Path) -> None:
+    of_another = tmp_path / f".cats.{os.getpid()}.unfinished"
+    of_another.mkdir()
+    (of_another / DATABASE).write_text("on its way")
+    with pytest.raises(FileExistsError, match="another process is making 'cats'"):
+        Store.create(tmp_path / "cats", {"dim": DIM})
+    assert [path.name for path in of_another.iterdir()] == [DATABASE]
 
 
 def test_what_belongs_beside_the_database_is_there_before_the_name(tmp_path: Path) -> None:
@@ -480,17 +490,39 @@ def test_many_videos_are_one_transaction(store: Store, tmp_path: Path) -> None:
     assert store.files(["/1", "/x", "/3"]) == {f"/{i}": rows[i].state for i in (1, 3)}
 
 
-def test_given_ids_are_kept_and_those_in_use_refused(store: Store) -> None:
+def test_given_ids_are_kept_if_they_ascend_from_the_last(store: Store) -> None:
     [row] = _rows(1)
-    store.put_videos([dataclasses.replace(row, ids=[40, 7, 12])])
+    store.put_videos([dataclasses.replace(row, ids=[7, 12, 40])])
     ids, vectors = store.vectors()
     assert ids.tolist() == [7, 12, 40]
-    np.testing.assert_array_equal(vectors, row.vectors_ND[[1, 2, 0]])
+    np.testing.assert_array_equal(vectors, row.vectors_ND)
     _put(store, "/b")
-    assert store.segment_ids().tolist() == [7, 12, 40, 41]
-    with pytest.raises(ValueError, match="'cats' has the segment ids of '/c' in use"):
-        store.put_videos([dataclasses.replace(row, path="/c", ids=[1, 7, 2])])
-    assert store.segment_ids().tolist() == [7, 12, 40, 41] and len(store.files()) == 2
+    store.remove_segments([41])
+    # free ones would be found by no search that has seen higher ones; 41 was given out once
+    for wrong in ([1, 2, 3], [41, 42, 43], [42, 44, 43], [42, 42, 43], [39, 42, 43]):
+        with pytest.raises(ValueError, match="ids of '/c' do not ascend from 42"):
+            store.put_videos([dataclasses.replace(row, path="/c", ids=wrong)])
+    assert store.segment_ids().tolist() == [7, 12, 40] and len(store.files()) == 1
+
+
+def test_what_was_written_is_on_the_disk_at_the_end_beside_a_reader(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(file: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    reader = Store(store.folder)
+    with reader.snapshot():
+        assert reader.counts()["videos"] == 0  # now no checkpoint can go on from here
+        with store.flushed_at_the_end():
+            _put(store, "/a")
+            assert flushed == []
+    assert flushed == [str(store.folder / f"{DATABASE}-wal")]
 
 
 def test_blocks_are_all_vectors_of_one_revision(store: Store) -> None:

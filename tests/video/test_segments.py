@@ -1,7 +1,9 @@
 """Pieces of a video: between its cuts, and as a collection's settings say."""
 
 import math
+import tracemalloc
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from video_files import write_video
 
-from fluxclip.video import Cutting, Segment, probe, windows
+from fluxclip.video import Cutting, Segment, VideoError, probe, windows
 from fluxclip.video.segments import SHORTEST_SHOT_S, shots
 
 seconds = st.floats(0.01, 500, allow_nan=False)
@@ -73,6 +75,27 @@ def test_settings_of_before_there_was_a_choice_are_windows_without_overlap() -> 
     assert Cutting.of({"window_s": 2.5, "dim": 4}) == Cutting("windows", 2.5, None)
     stored = {"cut": "shots", "window_s": 8.0, "stride_s": 4.0}
     assert Cutting.of(stored) == Cutting("shots", 8.0, 4.0)
+
+
+@pytest.mark.parametrize("cut", ["windows", "shots"])
+def test_what_says_it_lasts_for_ever_is_refused_before_any_work(
+    tmp_path: Path, cut: Literal["windows", "shots"]
+) -> None:
+    pictures = [np.full((48, 64, 3), level, np.uint8) for level in (10, 120, 230)]
+    path = write_video(tmp_path / "a.mkv", pictures, times_s=[0.0, 0.04, 1e8])
+    duration_s = probe(path).duration_s
+    assert duration_s >= 1e8
+    tracemalloc.start()
+    try:
+        with pytest.raises(VideoError, match=r"a\.mkv: says it lasts 1000000\d\d s, too long"):
+            Cutting(cut, 10.0).segments(path, duration_s)
+        with pytest.raises(
+            VideoError, match="says it lasts 3600 s, too long for pieces of 0.003 s"
+        ):
+            Cutting(cut, 0.003).segments(path, 3600.0)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_video_is_cut_as_the_settings_say(tmp_path: Path, emoji: Path) -> None:

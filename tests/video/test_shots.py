@@ -3,6 +3,7 @@
 import builtins
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def test_times_are_those_at_which_frames_are_shown_not_their_numbers(tmp_path: P
     times_s = np.cumsum([0.0] + [0.04 if i < 20 else 0.1 if i < 40 else 0.05 for i in range(59)])
     path = write_video(tmp_path / "uneven.mkv", pictures, times_s=times_s.round(3))
     assert cut_times_s(path) == pytest.approx(times_s[[20, 40]], abs=2e-3)
+
+
+def test_the_times_of_a_long_video_are_not_made_at_once(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", moving_shots([3]), times_s=[0.0, 0.04, 3e6])
+    tracemalloc.start()
+    try:
+        clip = next(read_on(path, step_s=1 / 30, side=16))
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert clip.times_s.tolist() == pytest.approx([0.0, 0.04])
 
 
 def test_a_video_on_its_side_has_the_same_cuts(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def index_add(
     with Collection.open(collection) as opened, progress_bar("add") as advance:
         report = opened.add(
             paths, metadata=metadata, prune=prune,
-            progress=lambda done, total, path: advance(done, total),
+            progress=lambda done, total, path: advance(done, total), say=say,
         )  # fmt: skip
         segments = len(opened)
     if json:
