@@ -22,6 +22,7 @@ from . import exchange, reembed
 from .backends import Gpu
 from .cache import INDEX, IndexCache, is_doubled
 from .conditions import MetadataValue, Where, encode_metadata
+from .database import DATABASE, refuse_existing
 from .index_choice import AUTO, Wish, as_queries
 from .ingest import (
     Embedder,
@@ -34,7 +35,6 @@ from .ingest import (
 )
 from .queries import TEXTS_PER_BATCH, Query, ServingModel, as_mix, check_query_budget, load_embedder
 from .query_encoder import FOLDER, export_text_encoder
-from .schema import DATABASE, refuse_existing
 from .search import Hit, Searcher, Wanted
 from .store import Store, now
 

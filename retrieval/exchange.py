@@ -19,8 +19,8 @@ import numpy as np
 from fluxclip.video import Cutting
 
 from .conditions import MetadataValue, encode_metadata
+from .database import make_unfinished, refuse_existing, remove_unfinished
 from .ingest import Embedder, Source, embed_sources, find_sources, full_path, stated_file
-from .schema import make_unfinished, refuse_existing, remove_unfinished
 from .shard_file import (
     FORMAT,
     ROWS_PER_GROUP,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .schema import refuse_existing
+from .database import refuse_existing
 
 FOLDER = "text_encoder"  # in a collection's folder, of its first model
 MANIFEST = "manifest.json"

@@ -28,7 +28,8 @@ from .conditions import (
     key_sql,
     where_sql,
 )
-from .schema import Database, damaged, plain_errors, vector_tables
+from .database import Database, damaged, plain_errors
+from .schema import vector_tables
 
 _ROWS_AT_ONCE = 4096
 _SEGMENT = (

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from layout_embedder import LayoutEmbedder
 
-from retrieval import Collection, schema
+from retrieval import Collection, database
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests in which one writer holds up another need not wait long to see it."""
-    monkeypatch.setattr(schema, "BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.2)
 
 
 @pytest.fixture(scope="session")

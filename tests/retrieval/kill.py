@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from layout_embedder import LayoutEmbedder
 
 from retrieval import Collection, cache, reembed
+from retrieval.database import DATABASE
 from retrieval.ingest import CLIPS_PER_BATCH
-from retrieval.schema import DATABASE
 
 CLIPS = Path(__file__).parents[2] / "assets" / "animated-emoji" / "clips"
 OPERATIONS = ("add", "remove", "rebuild", "re-embed")

@@ -21,7 +21,7 @@ from PIL import Image
 from fluxclip.video import Clip, chunk_writer, probe, read_clip, windows
 from fluxclip.video.chunks import Settings
 from retrieval import Collection, cache, ingest
-from retrieval.schema import DATABASE
+from retrieval.database import DATABASE
 
 
 def _paths(collection: Collection) -> list[str]:

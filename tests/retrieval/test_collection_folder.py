@@ -17,7 +17,7 @@ from layout_embedder import LayoutEmbedder
 
 from retrieval import Collection, cache
 from retrieval.collection import CheckReport
-from retrieval.schema import DATABASE
+from retrieval.database import DATABASE
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from layout_embedder import LayoutEmbedder
 from fluxclip import cli
 from fluxclip.video import Segment, probe
 from retrieval import Collection
-from retrieval.schema import DATABASE
+from retrieval.database import DATABASE
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retrieval import database
 from retrieval import schema as schema_module
-from retrieval.schema import DATABASE
+from retrieval.database import DATABASE
 from retrieval.store import FileState, SegmentRow, Store, VideoRow
 
 DIM = 8
@@ -174,7 +175,7 @@ def test_one_writer_at_a_time(store: Store, wait_s: float | None) -> None:
     ):
         pass
     waited_s = time.monotonic() - start_s
-    assert (waited_s < schema_module.BUSY_TIMEOUT_S) == (wait_s == 0)
+    assert (waited_s < database.BUSY_TIMEOUT_S) == (wait_s == 0)
     with other.sole_writer(wait_s=0):
         pass
 
