@@ -29,6 +29,7 @@ _NEEDED_FOR = {
     "matplotlib": "plots",
     "deepspeed": 'recipes with engine = "deepspeed"',
     "wandb": "recipes with wandb = a project",
+    "scenedetect-headless": "collections cut into shots",
 }
 
 
