@@ -31,6 +31,7 @@ from .ingest import (
     find_sources,
     full_path,
     gone_below,
+    settings_of_model,
     vector_problem,
 )
 from .queries import TEXTS_PER_BATCH, Query, ServingModel, as_mix, check_query_budget, load_embedder
@@ -125,11 +126,7 @@ class Collection:
         settings = {
             "collection_id": uuid4().hex,  # tells its index.faiss from another collection's
             "created_at": now(),
-            "model_source": str(getattr(embedder, "source", embedder.name)),
-            "model_name": embedder.name,
-            "fingerprint": embedder.fingerprint,
-            "dim": embedder.dim,
-            "token_budget": token_budget,
+            **settings_of_model(embedder, token_budget),
             **asdict(cutting),
             "index": AUTO,
         }

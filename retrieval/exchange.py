@@ -20,7 +20,15 @@ from fluxclip.video import Cutting
 
 from .conditions import MetadataValue, encode_metadata
 from .database import make_unfinished, refuse_existing, remove_unfinished
-from .ingest import Embedder, Source, embed_sources, find_sources, full_path, stated_file
+from .ingest import (
+    Embedder,
+    Source,
+    embed_sources,
+    find_sources,
+    full_path,
+    settings_of_model,
+    stated_file,
+)
 from .shard_file import (
     FORMAT,
     ROWS_PER_GROUP,
@@ -132,14 +140,7 @@ def embed_shard(
     found = find_sources(given, recursive=True)
     _refuse_unseen(found)
     sources = [source for source in found if shard_of(source.path, num_shards) == number]
-    about = {
-        "model_source": str(getattr(embedder, "source", embedder.name)),
-        "model_name": embedder.name,
-        "fingerprint": embedder.fingerprint,
-        "dim": embedder.dim,
-        "token_budget": token_budget,
-        **asdict(cutting),
-    }
+    about = {**settings_of_model(embedder, token_budget), **asdict(cutting)}
     file = Path(folder) / _name(number, num_shards)
     covers = _digest([FORMAT, about, dict(metadata or {}), *map(_stated, sources)])
     done = read_marker(file)

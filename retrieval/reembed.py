@@ -20,7 +20,14 @@ import numpy as np
 from fluxclip.video import Cutting
 
 from .cache import IndexCache
-from .ingest import Embedder, Source, embed_sources, embed_texts, is_there_or_gone_alone
+from .ingest import (
+    Embedder,
+    Source,
+    embed_sources,
+    embed_texts,
+    is_there_or_gone_alone,
+    settings_of_model,
+)
 from .query_encoder import FOLDER, export_text_encoder, text_encoder_folder
 from .store import Store
 
@@ -127,13 +134,7 @@ def _old_folders(store: Store) -> list[Path]:
 
 def _stage(store: Store, model: Embedder, token_budget: int | None) -> bool:
     """Begin, or go on with what was begun; False if this model serves already."""
-    wanted = {
-        "model_source": str(getattr(model, "source", model.name)),
-        "model_name": model.name,
-        "fingerprint": model.fingerprint,
-        "dim": model.dim,
-        "token_budget": token_budget,
-    }
+    wanted = settings_of_model(model, token_budget)
     staged = store.staged()
     if staged is None:
         if _same(store.settings(), wanted):

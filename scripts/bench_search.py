@@ -55,10 +55,10 @@ class NoModel:
         return 1, 1
 
     def embed_video(self, videos: Sequence[Any], *, token_budget: int | None = None) -> np.ndarray:
-        raise NotImplementedError("there is no model here")
+        raise ValueError("there is no model here")
 
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
-        raise NotImplementedError("there is no model here")
+        raise ValueError("there is no model here")
 
 
 class Vectors:
